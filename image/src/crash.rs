@@ -1,0 +1,17 @@
+//! Places where the tests end the process, to see that the next start is sound.
+
+/// In tests: ends the process at the n-th point, n from `CARPORT_CRASH_AT`.
+#[cfg(test)]
+pub(crate) fn point(name: &str) {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static PASSED: AtomicUsize = AtomicUsize::new(0);
+    let passed = PASSED.fetch_add(1, Ordering::Relaxed) + 1;
+    if std::env::var("CARPORT_CRASH_AT").is_ok_and(|at| at == passed.to_string()) {
+        eprintln!("crash at {passed}: {name}");
+        std::process::abort();
+    }
+}
+
+#[cfg(not(test))]
+#[inline(always)]
+pub(crate) fn point(_name: &str) {}

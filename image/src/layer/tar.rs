@@ -1,0 +1,364 @@
+//! A tar reader that is fed instead of reading.
+//!
+//! Bytes come in as they arrive, events go out; the state between two calls is
+//! a small plain value. That is what lets a layer be hashed and unpacked in one
+//! pass, stopped at any byte, saved, and gone on with after a crash.
+//!
+//! Header fields are decoded by the `tar` crate; here are the order of blocks,
+//! the extensions that matter for content (pax, GNU long names), and refusals:
+//! a layer with devices, sparse files or names that leave the root has no place
+//! among model weights, and is an error rather than a guess.
+
+use serde::{Deserialize, Serialize};
+
+const BLOCK: usize = 512;
+
+/// Long names and pax records are at most a few KiB; the rest is an attack.
+const MAX_EXTENSION_BYTES: u64 = 1024 * 1024;
+
+/// PATH_MAX and NAME_MAX of Linux, which the tree is made on.
+const MAX_PATH_BYTES: usize = 4096;
+const MAX_NAME_BYTES: usize = 255;
+/// Deep enough for any packaging, and shallow enough for recursion.
+const MAX_DEPTH: usize = 128;
+
+/// What is wrong with a tar.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum TarError {
+    #[error("at byte {offset}: {why}")]
+    Broken { offset: u64, why: String },
+    #[error("entry {path:?}: {why}")]
+    Refused { path: String, why: String },
+    #[error("ends in the middle of {path:?}")]
+    Truncated { path: String },
+}
+
+/// One member of the archive, with a path that is relative, clean and below the root.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Member {
+    /// Empty for the root itself.
+    pub(crate) path: String,
+    pub(crate) kind: MemberKind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum MemberKind {
+    Directory,
+    File { size: u64, executable: bool },
+    /// The target is kept as it is: the reader of the volume resolves it, never the host.
+    Symlink { target: String },
+    /// The target is a path like a member's own.
+    Hardlink { target: String },
+}
+
+/// What the bytes up to here mean.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Event<'a> {
+    /// All input is used up and nothing is complete yet.
+    More,
+    /// A member begins. A file's content follows as [`Event::Data`], `size` bytes
+    /// in all; after the last of them, or at once for an empty file, comes [`Event::End`].
+    Member(Member),
+    /// Content of the file that began last.
+    Data(&'a [u8]),
+    /// That file is complete.
+    End,
+}
+
+/// The parser. Its state can be saved between any two calls.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Parser {
+    offset: u64,
+    state: State,
+    /// From extension headers, for the next member.
+    path: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+    size: Option<u64>,
+    /// The path of the member that began last, for errors.
+    current: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum State {
+    Header { have: Vec<u8> },
+    Extension { kind: Extension, have: Vec<u8>, left: u64 },
+    Data { left: u64, padding: u64 },
+    /// A file's content is complete, which has not been said yet.
+    EndOfData { padding: u64 },
+    Padding { left: u64 },
+    /// Behind the end marker anything may follow, and means nothing.
+    Done,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum Extension {
+    Pax,
+    /// Global pax records: read over.
+    PaxGlobal,
+    GnuPath,
+    GnuLink,
+}
+
+impl Parser {
+    pub(crate) fn new() -> Self {
+        Self {
+            offset: 0,
+            state: State::Header { have: Vec::new() },
+            path: None,
+            link: None,
+            size: None,
+            current: String::new(),
+        }
+    }
+
+    /// Bytes consumed so far.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Consumes a part of `input`; returns how much, and what it means.
+    ///
+    /// Call again with the rest until it answers [`Event::More`].
+    pub(crate) fn next<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Event<'a>), TarError> {
+        let mut used = 0;
+        loop {
+            let (step, event) = self.step(&input[used..])?;
+            used += step;
+            self.offset += step as u64;
+            match event {
+                Some(event) => return Ok((used, event)),
+                None if used == input.len() && !matches!(self.state, State::EndOfData { .. }) => {
+                    return Ok((used, Event::More));
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Says that no more bytes will come.
+    pub(crate) fn finish(&self) -> Result<(), TarError> {
+        match &self.state {
+            State::Done => Ok(()),
+            // Tars without an end marker are common enough that every tool reads them.
+            State::Header { have } if have.is_empty() => Ok(()),
+            State::Padding { .. } => Ok(()),
+            _ => Err(TarError::Truncated { path: self.current.clone() }),
+        }
+    }
+
+    fn step<'a>(&mut self, input: &'a [u8]) -> Result<(usize, Option<Event<'a>>), TarError> {
+        match &mut self.state {
+            State::Done => Ok((input.len(), None)),
+            State::Padding { left } => {
+                let take = clamp(*left, input.len());
+                *left -= take as u64;
+                if *left == 0 {
+                    self.state = State::Header { have: Vec::new() };
+                }
+                Ok((take, None))
+            }
+            State::Data { left, padding } => {
+                let take = clamp(*left, input.len());
+                *left -= take as u64;
+                if *left == 0 {
+                    self.state = State::EndOfData { padding: *padding };
+                }
+                let event = (take > 0).then(|| Event::Data(&input[..take]));
+                Ok((take, event))
+            }
+            State::EndOfData { padding } => {
+                self.state = State::Padding { left: *padding };
+                Ok((0, Some(Event::End)))
+            }
+            State::Extension { kind, have, left } => {
+                let padded = left.next_multiple_of(BLOCK as u64);
+                let take = clamp(padded - have.len() as u64, input.len());
+                have.extend_from_slice(&input[..take]);
+                if have.len() as u64 == padded {
+                    let (kind, length) = (*kind, *left as usize);
+                    let mut body = std::mem::take(have);
+                    body.truncate(length);
+                    self.state = State::Header { have: Vec::new() };
+                    self.extension(kind, body)?;
+                }
+                Ok((take, None))
+            }
+            State::Header { have } => {
+                let take = input.len().min(BLOCK - have.len());
+                have.extend_from_slice(&input[..take]);
+                if have.len() < BLOCK {
+                    return Ok((take, None));
+                }
+                let block = std::mem::take(have);
+                let event = self.header(&block)?;
+                Ok((take, event))
+            }
+        }
+    }
+
+    fn header(&mut self, block: &[u8]) -> Result<Option<Event<'static>>, TarError> {
+        if block.iter().all(|b| *b == 0) {
+            self.state = State::Done;
+            return Ok(None);
+        }
+        let header = tar::Header::from_byte_slice(block);
+        let sum: u32 = block.iter().enumerate().map(|(at, b)| if (148..156).contains(&at) { 32 } else { u32::from(*b) }).sum();
+        if header.cksum().ok() != Some(sum) {
+            return Err(self.broken("header checksum does not match: not a tar, or damaged"));
+        }
+        let size = header.entry_size().map_err(|_| self.broken("unreadable size in header"))?;
+        let kind = header.entry_type();
+
+        if let Some(kind) = extension(kind) {
+            if size > MAX_EXTENSION_BYTES {
+                return Err(self.broken("extension header longer than 1 MiB"));
+            }
+            self.state = State::Extension { kind, have: Vec::new(), left: size };
+            return Ok(None);
+        }
+
+        let raw_path = self.path.take().unwrap_or_else(|| header.path_bytes().into_owned());
+        let raw_link =
+            self.link.take().or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned));
+        let size = self.size.take().unwrap_or(size);
+        let path = clean_path(&raw_path)?;
+        self.current.clone_from(&path);
+        let refuse = |why: String| TarError::Refused { path: path.clone(), why };
+        let link = |what: &str| {
+            let link = raw_link.as_deref().unwrap_or_default();
+            match std::str::from_utf8(link) {
+                _ if link.is_empty() => Err(refuse(format!("{what} without a target"))),
+                Ok(text) if link.len() < MAX_PATH_BYTES && !link.contains(&0) => Ok(text.to_owned()),
+                _ => Err(refuse(format!("{what} target is not UTF-8 or too long"))),
+            }
+        };
+
+        let kind = match kind {
+            // Version 7 tars mark directories by the slash alone.
+            tar::EntryType::Regular if raw_path.ends_with(b"/") => MemberKind::Directory,
+            tar::EntryType::Regular | tar::EntryType::Continuous => {
+                if path.is_empty() {
+                    return Err(refuse("a file in place of the root".into()));
+                }
+                let mode = header.mode().map_err(|_| refuse("unreadable mode in header".into()))?;
+                MemberKind::File { size, executable: mode & 0o111 != 0 }
+            }
+            tar::EntryType::Directory => MemberKind::Directory,
+            tar::EntryType::Symlink => MemberKind::Symlink { target: link("symlink")? },
+            tar::EntryType::Link => {
+                MemberKind::Hardlink { target: clean_path(link("hard link")?.as_bytes())? }
+            }
+            tar::EntryType::Char | tar::EntryType::Block => {
+                return Err(refuse("device nodes are not allowed in a model image".into()));
+            }
+            tar::EntryType::Fifo => return Err(refuse("pipes are not allowed in a model image".into())),
+            tar::EntryType::GNUSparse => return Err(refuse("sparse files are not supported".into())),
+            other => return Err(refuse(format!("unknown entry type {:?}", other.as_byte() as char))),
+        };
+        if path.is_empty() && kind != MemberKind::Directory {
+            return Err(refuse("a link in place of the root".into()));
+        }
+        // Links and directories have no content, whatever their size field says;
+        // what is not a file's content is read over.
+        self.state = match kind {
+            MemberKind::File { size: 0, .. } => State::EndOfData { padding: 0 },
+            MemberKind::File { size, .. } => State::Data { left: size, padding: padding(size) },
+            MemberKind::Directory => State::Padding { left: size.saturating_add(padding(size)) },
+            _ => State::Header { have: Vec::new() },
+        };
+        if let State::Padding { left: 0 } = self.state {
+            self.state = State::Header { have: Vec::new() };
+        }
+        Ok(Some(Event::Member(Member { path, kind })))
+    }
+
+    fn extension(&mut self, kind: Extension, body: Vec<u8>) -> Result<(), TarError> {
+        let until_nul = |mut body: Vec<u8>| {
+            if let Some(end) = body.iter().position(|b| *b == 0) {
+                body.truncate(end);
+            }
+            body
+        };
+        match kind {
+            Extension::PaxGlobal => {}
+            Extension::GnuPath => self.path = Some(until_nul(body)),
+            Extension::GnuLink => self.link = Some(until_nul(body)),
+            Extension::Pax => {
+                for record in tar::PaxExtensions::new(&body) {
+                    let record = record.map_err(|_| self.broken("malformed pax record"))?;
+                    match record.key_bytes() {
+                        b"path" => self.path = Some(record.value_bytes().to_vec()),
+                        b"linkpath" => self.link = Some(record.value_bytes().to_vec()),
+                        b"size" => {
+                            let size = record.value().ok().and_then(|v| v.parse().ok());
+                            self.size = Some(size.ok_or_else(|| self.broken("malformed size in pax record"))?);
+                        }
+                        key if key.starts_with(b"GNU.sparse.") => {
+                            return Err(self.broken("sparse files are not supported"));
+                        }
+                        // Owners, times and xattrs are dropped by design.
+                        _ => {}
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn broken(&self, why: &str) -> TarError {
+        TarError::Broken { offset: self.offset, why: why.to_owned() }
+    }
+}
+
+fn extension(kind: tar::EntryType) -> Option<Extension> {
+    match kind {
+        tar::EntryType::XHeader => Some(Extension::Pax),
+        tar::EntryType::XGlobalHeader => Some(Extension::PaxGlobal),
+        tar::EntryType::GNULongName => Some(Extension::GnuPath),
+        tar::EntryType::GNULongLink => Some(Extension::GnuLink),
+        _ => None,
+    }
+}
+
+fn padding(size: u64) -> u64 {
+    (BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64
+}
+
+fn clamp(left: u64, have: usize) -> usize {
+    usize::try_from(left).map_or(have, |left| left.min(have))
+}
+
+/// `./models//a/` → `models/a`; refuses what leaves the root or cannot be a path.
+fn clean_path(raw: &[u8]) -> Result<String, TarError> {
+    let shown = || String::from_utf8_lossy(&raw[..raw.len().min(200)]).into_owned();
+    let refuse = |why: &str| TarError::Refused { path: shown(), why: why.to_owned() };
+    let text = std::str::from_utf8(raw).map_err(|_| refuse("the name is not UTF-8"))?;
+    if text.len() >= MAX_PATH_BYTES {
+        return Err(refuse("the path is longer than 4096 bytes"));
+    }
+    if text.contains('\0') {
+        return Err(refuse("the name holds a NUL byte"));
+    }
+    if text.starts_with('/') {
+        return Err(refuse("absolute names are not allowed in a layer"));
+    }
+    let mut clean = Vec::new();
+    for name in text.split('/') {
+        match name {
+            "" | "." => {}
+            ".." => return Err(refuse("climbs out with \"..\"")),
+            name if name.len() > MAX_NAME_BYTES => {
+                return Err(refuse("a name is longer than 255 bytes"));
+            }
+            name => clean.push(name),
+        }
+    }
+    if clean.len() > MAX_DEPTH {
+        return Err(refuse("more than 128 folders deep"));
+    }
+    Ok(clean.join("/"))
+}
+
+#[cfg(test)]
+#[path = "tar_tests.rs"]
+mod tests;

@@ -1,0 +1,219 @@
+use super::*;
+use crate::digest::ObjectId;
+use crate::store::Store;
+use crate::testing::{Entry, compress, layer_of, noise, store, tar};
+use crate::tree::LayerEntry;
+
+/// Unpacks `blob[from..]`, in chunks, and stops after `until` bytes of it when that is given.
+fn unpack(
+    store: &Store,
+    blob: &[u8],
+    layer: Layer,
+    diff_id: Digest,
+    until: Option<usize>,
+) -> Result<(u64, Done), LayerError> {
+    let ingest = store.ingest(&layer.blob.digest).unwrap().expect("nobody else is at it");
+    let resumed = Resumed::open(ingest, layer, diff_id)?;
+    let from = resumed.offset();
+    let end = until.unwrap_or(blob.len());
+    let mut chunks = blob[from as usize..end].chunks(1_000_003).map(Bytes::copy_from_slice);
+    let done = resumed.unpack(|| chunks.next().map(|bytes| Chunk { bytes, _credit: () }))?;
+    Ok((from, done))
+}
+
+fn ingest_is_empty(store: &Store) -> bool {
+    std::fs::read_dir(store.root().join("ingest")).unwrap().next().is_none()
+}
+
+fn objects(store: &Store) -> u64 {
+    store.usage().unwrap().objects
+}
+
+#[test]
+fn a_layer_of_any_compression_becomes_the_same_objects() {
+    let big = noise(1, 9_000_001);
+    let tar = tar(&[
+        Entry::Dir("models"),
+        Entry::File("models/weights", &big),
+        Entry::Exec("models/run", b"#!"),
+        Entry::File("models/empty", b""),
+        Entry::File("models/.wh.gone", b""),
+        Entry::File("models/sub/.wh..wh..opq", b""),
+        Entry::File(".wh..wh.plnk", b""),
+        Entry::Symlink("models/alias", "weights"),
+        Entry::Hardlink("models/same", "models/weights"),
+    ]);
+    let weights = ObjectId::new(blake3::hash(&big), false);
+    let run = ObjectId::new(blake3::hash(b"#!"), true);
+    let empty = ObjectId::new(blake3::hash(b""), false);
+    let path = |path: &str| path.to_owned();
+    let expected = [
+        LayerEntry::Directory { path: path("models") },
+        LayerEntry::File { path: path("models/weights"), size: 9_000_001, object: weights },
+        LayerEntry::File { path: path("models/run"), size: 2, object: run },
+        LayerEntry::File { path: path("models/empty"), size: 0, object: empty },
+        LayerEntry::Whiteout { path: path("models/gone") },
+        LayerEntry::Opaque { path: path("models/sub") },
+        LayerEntry::Symlink { path: path("models/alias"), target: path("weights") },
+        LayerEntry::Hardlink { path: path("models/same"), target: path("models/weights") },
+    ];
+    let (_dir, store) = store();
+    for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
+        let blob = compress(&tar, compression);
+        let layer = layer_of(&blob, compression);
+        let (_, done) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
+        assert_eq!(done.written_bytes, 9_000_003, "{compression:?}");
+        let record = store.layer(&layer.blob.digest).unwrap().expect("recorded");
+        assert_eq!(record.entries, expected, "{compression:?}");
+        assert!(ingest_is_empty(&store));
+    }
+    assert_eq!(objects(&store), 2, "equal files are one object");
+    let path = store.root().join("objects").join(weights.path());
+    assert!(std::fs::read(path).unwrap() == big);
+}
+
+#[test]
+fn many_members_and_frames_are_one_stream() {
+    let tar = tar(&[Entry::File("a", &noise(1, 100_000)), Entry::File("b", &noise(2, 100_000))]);
+    let (_dir, store) = store();
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let mut blob = compress(&tar[..70_000], compression);
+        blob.extend_from_slice(&compress(&tar[70_000..], compression));
+        let layer = layer_of(&blob, compression);
+        unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
+        assert_eq!(store.layer(&layer.blob.digest).unwrap().unwrap().entries.len(), 2);
+    }
+}
+
+#[test]
+fn altered_bytes_are_a_mismatch_and_leave_nothing() {
+    let tar = tar(&[Entry::File("weights", &noise(3, 3_000_000))]);
+    let (_dir, store) = store();
+    for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
+        let blob = compress(&tar, compression);
+        let layer = layer_of(&blob, compression);
+        for at in [0, 300, blob.len() / 2, blob.len() - 1] {
+            let mut altered = blob.clone();
+            altered[at] ^= 0x40;
+            let error = unpack(&store, &altered, layer, Digest::of(&tar), None).err().unwrap();
+            assert!(matches!(error, LayerError::Mismatch(_)), "{compression:?} at {at}: {error}");
+            assert!(ingest_is_empty(&store));
+        }
+        let mut longer = blob.clone();
+        longer.push(0);
+        let error = unpack(&store, &longer, layer, Digest::of(&tar), None).err().unwrap();
+        assert!(matches!(&error, LayerError::Mismatch(why) if why.contains("longer")), "{error}");
+    }
+    assert_eq!(objects(&store), 0);
+}
+
+#[test]
+fn a_wrong_diff_id_is_the_images_fault_and_said_so() {
+    let tar = tar(&[Entry::File("weights", b"w")]);
+    let blob = compress(&tar, Compression::Gzip);
+    let (_dir, store) = store();
+    let layer = layer_of(&blob, Compression::Gzip);
+    let error = unpack(&store, &blob, layer, Digest::of(b"other"), None).err().unwrap();
+    assert!(matches!(&error, LayerError::Mismatch(why) if why.contains("diff_id")), "{error}");
+    assert!(ingest_is_empty(&store) && objects(&store) == 0);
+}
+
+#[test]
+fn verified_bytes_that_must_not_be_unpacked_are_refused() {
+    let (_dir, store) = store();
+    let cases: [(&[Entry<'_>], &str); 3] = [
+        (&[Entry::File("ok", b"x"), Entry::File("../evil", b"x")], "climbs out"),
+        (&[Entry::File("/etc/passwd", b"x")], "absolute names"),
+        (&[Entry::Hardlink("a", "../../etc/shadow")], "climbs out"),
+    ];
+    for (entries, why) in cases {
+        for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
+            let tar = tar(entries);
+            let blob = compress(&tar, compression);
+            let layer = layer_of(&blob, compression);
+            let error = unpack(&store, &blob, layer, Digest::of(&tar), None).err().unwrap();
+            assert!(matches!(&error, LayerError::Refused(text) if text.contains(why)), "{error}");
+            assert!(ingest_is_empty(&store) && objects(&store) == 0);
+        }
+    }
+}
+
+#[test]
+fn truncated_archives_with_right_digests_are_refused() {
+    let whole = tar(&[Entry::File("weights", &noise(4, 50_000))]);
+    let (_dir, store) = store();
+    let cut = &whole[..20_000];
+    let layer = layer_of(cut, Compression::None);
+    let error = unpack(&store, cut, layer, Digest::of(cut), None).err().unwrap();
+    assert!(matches!(&error, LayerError::Refused(why) if why.contains("in the middle")), "{error}");
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let blob = compress(&whole, compression);
+        let cut = &blob[..blob.len() / 2];
+        let layer = layer_of(cut, compression);
+        let error = unpack(&store, cut, layer, Digest::of(&whole), None).err().unwrap();
+        assert!(matches!(error, LayerError::Refused(_) | LayerError::Mismatch(_)), "{error}");
+    }
+    assert!(ingest_is_empty(&store) && objects(&store) == 0);
+}
+
+#[test]
+fn a_stopped_layer_goes_on_where_it_was() {
+    let files: Vec<_> = (0..4).map(|n| noise(10 + n, 30_000_000)).collect();
+    let tar = tar(&[
+        Entry::File("a", &files[0]),
+        Entry::File("b", &files[1]),
+        Entry::Dir("d"),
+        Entry::File("d/c", &files[2]),
+        Entry::File("d/e", &files[3]),
+    ]);
+    let layer = layer_of(&tar, Compression::None);
+    let (_dir, store) = store();
+    let mut came_from = Vec::new();
+    // In a header, in a file, at a file's last byte, in padding, and again without progress.
+    for stop in [100, 31_000_000, 30_000_512, 60_001_100, 75_000_000, 75_000_000, tar.len() - 3] {
+        let stop = stop.max(came_from.last().copied().unwrap_or(0) as usize);
+        let error = unpack(&store, &tar, layer, Digest::of(&tar), Some(stop)).err().unwrap();
+        assert!(matches!(error, LayerError::Stopped(_)), "{error}");
+        assert_eq!(objects(&store), 0, "nothing has a name before the layer is verified");
+        came_from.push(stop as u64);
+        // A new process finds what the old one left.
+        Store::open(store.root()).unwrap();
+    }
+    let (from, _) = unpack(&store, &tar, layer, Digest::of(&tar), None).unwrap();
+    assert_eq!(from, tar.len() as u64 - 3, "an orderly stop loses nothing");
+    assert_eq!(objects(&store), 4);
+    for (n, file) in files.iter().enumerate() {
+        let id = ObjectId::new(blake3::hash(file), false);
+        let path = store.root().join("objects").join(id.path());
+        assert!(std::fs::read(path).unwrap() == *file, "file {n}");
+    }
+    assert!(ingest_is_empty(&store));
+}
+
+#[test]
+fn a_checkpoint_that_the_disk_contradicts_starts_the_layer_again() {
+    let tar = tar(&[Entry::File("a", &noise(20, 2_000_000)), Entry::File("b", &noise(21, 2_000_000))]);
+    let layer = layer_of(&tar, Compression::None);
+    let (_dir, store) = store();
+    let _ = unpack(&store, &tar, layer, Digest::of(&tar), Some(3_000_000));
+    let folder = store.root().join("ingest").join(layer.blob.digest.hex());
+    std::fs::remove_file(folder.join("0000000")).unwrap();
+    let (from, _) = unpack(&store, &tar, layer, Digest::of(&tar), None).unwrap();
+    assert_eq!((from, objects(&store)), (0, 2));
+}
+
+#[test]
+fn a_compressed_layer_that_was_stopped_starts_again_and_leaves_nothing_meanwhile() {
+    let tar = tar(&[Entry::File("a", &noise(30, 5_000_000))]);
+    let (_dir, store) = store();
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let blob = compress(&tar, compression);
+        let layer = layer_of(&blob, compression);
+        let error = unpack(&store, &blob, layer, Digest::of(&tar), Some(3_000_000)).err().unwrap();
+        assert!(matches!(error, LayerError::Stopped(_)), "{error}");
+        assert!(ingest_is_empty(&store));
+        let (from, _) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
+        assert_eq!(from, 0);
+    }
+}
+

@@ -1,0 +1,215 @@
+//! From the bytes of a tar to staged files and the entries of a layer.
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use super::LayerError;
+use super::file::{Buffer, FileWriter};
+use super::tar::{Event, Member, MemberKind, Parser};
+use crate::digest::ObjectId;
+use crate::store::{Ingest, Staged, StoreError};
+use crate::tree::LayerEntry;
+
+const WHITEOUT: &str = ".wh.";
+const OPAQUE: &str = ".wh..wh..opq";
+
+/// A layer of more entries would make records that nobody can hold in memory.
+const MAX_ENTRIES: usize = 1_000_000;
+
+/// Up to here each file is synced by itself; a layer of more small files is synced by one flush of
+/// the file system, since each sync costs a commit of the journal.
+const SYNC_EACH: usize = 128;
+
+/// Takes a tar's bytes, writes its files into an ingest folder.
+pub(crate) struct Unpacker {
+    progress: Progress,
+    writer: Option<FileWriter>,
+    buffer: Buffer,
+}
+
+/// All that must be known to go on after a crash, but for the bytes on the disk.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Progress {
+    parser: Parser,
+    entries: Vec<LayerEntry>,
+    staged: Vec<Staged>,
+    /// The file that is being written.
+    open: Option<OpenFile>,
+    written_bytes: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct OpenFile {
+    member: Member,
+    /// Bytes known to be on the disk; right only in a checkpoint.
+    synced: u64,
+}
+
+/// What a layer came to.
+pub(crate) struct Unpacked {
+    pub(crate) entries: Vec<LayerEntry>,
+    pub(crate) staged: Vec<Staged>,
+    /// Bytes of content written.
+    pub(crate) written_bytes: u64,
+}
+
+impl Unpacker {
+    pub(super) fn new() -> Self {
+        Self::with(Progress {
+            parser: Parser::new(),
+            entries: Vec::new(),
+            staged: Vec::new(),
+            open: None,
+            written_bytes: 0,
+        })
+    }
+
+    fn with(progress: Progress) -> Self {
+        Self { progress, writer: None, buffer: Buffer::new() }
+    }
+
+    /// Goes on from a checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// When the disk does not hold what the checkpoint says.
+    pub(super) fn resume(progress: Progress, ingest: &Ingest) -> io::Result<Self> {
+        for staged in &progress.staged {
+            let path = ingest.folder().join(&staged.name);
+            if std::fs::metadata(&path)?.len() != staged.size {
+                return Err(io::Error::other(format!("{} has another length", path.display())));
+            }
+        }
+        let mut unpacker = Self::with(progress);
+        if let Some(open) = &unpacker.progress.open
+            && let MemberKind::File { size, executable } = open.member.kind
+        {
+            let path = ingest.folder().join(unpacker.next_name());
+            let synced = open.synced;
+            unpacker.writer =
+                Some(FileWriter::resume(&path, size, executable, synced, &mut unpacker.buffer)?);
+        }
+        Ok(unpacker)
+    }
+
+    /// Bytes of the tar taken so far.
+    pub(super) fn offset(&self) -> u64 {
+        self.progress.parser.offset()
+    }
+
+    pub(super) fn write(&mut self, mut input: &[u8], ingest: &Ingest) -> Result<(), LayerError> {
+        loop {
+            let (used, event) = self.progress.parser.next(input)?;
+            input = &input[used..];
+            match event {
+                Event::More => return Ok(()),
+                Event::Member(member) => self.begin(member, ingest)?,
+                Event::Data(bytes) => {
+                    self.progress.written_bytes += bytes.len() as u64;
+                    if let Some(writer) = &mut self.writer {
+                        writer.write(bytes, &mut self.buffer).map_err(|e| self.disk(e))?;
+                    }
+                }
+                Event::End => self.end()?,
+            }
+        }
+    }
+
+    /// Puts everything on the disk and tells how to go on from here.
+    pub(super) fn checkpoint(&mut self, ingest: &Ingest) -> Result<&Progress, LayerError> {
+        let synced = match &mut self.writer {
+            Some(writer) => Some(writer.sync(&mut self.buffer)),
+            None => None,
+        };
+        let synced = synced.transpose().map_err(|e| self.disk(e))?.unwrap_or(0);
+        if let Some(open) = &mut self.progress.open {
+            open.synced = synced;
+        }
+        if self.progress.staged.len() > SYNC_EACH {
+            self.sync_all(ingest)?;
+        }
+        Ok(&self.progress)
+    }
+
+    pub(super) fn finish(self, ingest: &Ingest) -> Result<Unpacked, LayerError> {
+        self.progress.parser.finish()?;
+        if self.progress.staged.len() > SYNC_EACH {
+            self.sync_all(ingest)?;
+        }
+        let Progress { entries, staged, written_bytes, .. } = self.progress;
+        Ok(Unpacked { entries, staged, written_bytes })
+    }
+
+    fn begin(&mut self, member: Member, ingest: &Ingest) -> Result<(), LayerError> {
+        if self.progress.entries.len() >= MAX_ENTRIES {
+            return Err(LayerError::Refused(format!("more than {MAX_ENTRIES} entries")));
+        }
+        let Member { path, kind } = member;
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", &path));
+        let entry = if name == OPAQUE {
+            LayerEntry::Opaque { path: folder.to_owned() }
+        } else if let Some(hidden) = name.strip_prefix(WHITEOUT) {
+            if hidden.starts_with(WHITEOUT) {
+                // AUFS's own bookkeeping, which some old images carry.
+                return Ok(());
+            }
+            if hidden.is_empty() || hidden == "." || hidden == ".." {
+                return Err(LayerError::Refused(format!("entry {path:?}: a whiteout of nothing")));
+            }
+            let path = if folder.is_empty() { hidden.to_owned() } else { format!("{folder}/{hidden}") };
+            LayerEntry::Whiteout { path }
+        } else {
+            match kind {
+                MemberKind::Directory if path.is_empty() => return Ok(()),
+                MemberKind::Directory => LayerEntry::Directory { path },
+                MemberKind::Symlink { target } => LayerEntry::Symlink { path, target },
+                MemberKind::Hardlink { target } => LayerEntry::Hardlink { path, target },
+                MemberKind::File { size: 0, executable } => {
+                    let object = ObjectId::new(blake3::hash(b""), executable);
+                    LayerEntry::File { path, size: 0, object }
+                }
+                MemberKind::File { size, executable } => {
+                    let file = ingest.folder().join(self.next_name());
+                    let member = Member { path, kind: MemberKind::File { size, executable } };
+                    self.progress.open = Some(OpenFile { member, synced: 0 });
+                    let writer = FileWriter::create(&file, size, executable);
+                    self.writer = Some(writer.map_err(|e| self.disk(e))?);
+                    return Ok(());
+                }
+            }
+        };
+        self.progress.entries.push(entry);
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), LayerError> {
+        // Empty files and markers have none open.
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let durable = self.progress.staged.len() < SYNC_EACH;
+        let name = self.next_name();
+        let object = writer.finish(&mut self.buffer, durable).map_err(|e| self.disk(e))?;
+        if let Some(OpenFile { member, .. }) = self.progress.open.take()
+            && let MemberKind::File { size, .. } = member.kind
+        {
+            self.progress.entries.push(LayerEntry::File { path: member.path, size, object });
+            self.progress.staged.push(Staged { name, object, size });
+        }
+        Ok(())
+    }
+
+    /// Files are numbered in the order of the tar; a name of the image never reaches the disk here.
+    fn next_name(&self) -> String {
+        format!("{:07}", self.progress.staged.len())
+    }
+
+    fn sync_all(&self, ingest: &Ingest) -> Result<(), LayerError> {
+        let folder = std::fs::File::open(ingest.folder()).map_err(|e| self.disk(e))?;
+        rustix::fs::syncfs(&folder).map_err(|e| self.disk(e.into()))
+    }
+
+    fn disk(&self, source: io::Error) -> LayerError {
+        let path = self.progress.open.as_ref().map_or("", |open| open.member.path.as_str());
+        LayerError::Store(StoreError::io(format!("write {path:?} into the store"), source))
+    }
+}

@@ -1,0 +1,460 @@
+//! Pulling: from a reference to a complete tree, each byte once.
+//!
+//! ```text
+//! PullRequest ─► resolve ─► manifest ─► config ─► layers, each in single flight ─► tree ─► reference
+//!      └─ joins the pull of                        │
+//!         the same image in flight                 ├─ here already: nothing to do
+//!                                                  └─ fetch ─► verify, unpack ─► commit
+//! ```
+//!
+//! # What always holds
+//!
+//! - **One fetch per digest.** Two images that share a layer wait for the same
+//!   download, whoever asked first; across processes a lock file sees to it.
+//! - **An image is there or it is not.** Its tree gets its name after every layer
+//!   is verified and committed; a failed pull leaves no tree and no reference.
+//! - **Verified layers stay** after a failed pull, for the next try.
+//!
+//! Where bytes come from is [`crate::source`]; what a layer becomes, `layer`.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::digest::Digest;
+pub use crate::manifest::Platform;
+use crate::manifest::ManifestError;
+use crate::reference::Reference;
+use crate::source::{PullSecret, SourceError, Sources};
+use crate::store::{Store, StoreError, StoredImage};
+
+mod fetch;
+mod flight;
+mod layers;
+mod meter;
+mod run;
+
+use fetch::Fetcher;
+use flight::{Flight, Flights};
+use meter::Meter;
+
+/// Failed pulls that are remembered, so that somebody can ask why.
+const REMEMBERED_FAILURES: usize = 64;
+
+/// Limits of a [`Puller`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PullOptions {
+    /// Layers on their way at the same time, over all pulls.
+    pub concurrent_layers: usize,
+    /// Ranged requests at the same time within one layer.
+    pub connections_per_layer: usize,
+    /// Bytes fetched and not yet unpacked, over all pulls; at least 16 MiB.
+    pub window_bytes: u64,
+    /// Attempts for each request while nothing comes, the first included.
+    pub attempts: u32,
+}
+
+impl Default for PullOptions {
+    fn default() -> Self {
+        Self {
+            concurrent_layers: 2,
+            connections_per_layer: 4,
+            window_bytes: 64 * 1024 * 1024,
+            attempts: 5,
+        }
+    }
+}
+
+/// What to pull.
+#[derive(Clone)]
+pub struct PullRequest {
+    /// The image.
+    pub reference: Reference,
+    /// Credentials that go before docker's own configuration.
+    pub secret: PullSecret,
+    /// When to ask the source.
+    pub policy: PullPolicy,
+    /// Which image of an index.
+    pub platform: Platform,
+}
+
+impl PullRequest {
+    /// The image for this machine, when it is not here yet, without credentials of its own.
+    pub fn new(reference: Reference) -> Self {
+        Self {
+            reference,
+            secret: PullSecret::none(),
+            policy: PullPolicy::default(),
+            platform: Platform::default(),
+        }
+    }
+}
+
+/// When the source is asked, in Kubernetes' words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+pub enum PullPolicy {
+    /// Only when the reference is not known here.
+    #[default]
+    IfNotPresent,
+    /// Each time; what the tag points to now counts. Bytes are fetched only when they are new.
+    Always,
+    /// Not at all: what is here, or an error.
+    Never,
+}
+
+/// Where a pull stands.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PullProgress {
+    /// As it was asked for.
+    pub reference: Reference,
+    /// The image manifest, once it is known.
+    pub digest: Option<Digest>,
+    /// The stage.
+    pub state: PullState,
+    /// Bytes of layers that arrived or were here already, as they travel.
+    pub done_bytes: u64,
+    /// Bytes of all layers as they travel; 0 while unknown.
+    pub total_bytes: u64,
+    /// When it was asked for.
+    pub started_at: SystemTime,
+    /// Average of the last ten seconds or so.
+    pub bytes_per_second: f64,
+}
+
+impl PullProgress {
+    /// Time until the last byte is here at the present rate; `None` while that cannot be told.
+    pub fn eta(&self) -> Option<Duration> {
+        let left = self.total_bytes.checked_sub(self.done_bytes)?;
+        match &self.state {
+            PullState::Done => Some(Duration::ZERO),
+            PullState::Pulling | PullState::Finishing if self.total_bytes > 0 => {
+                if left == 0 {
+                    return Some(Duration::ZERO);
+                }
+                (self.bytes_per_second >= 1.0)
+                    .then(|| left as f64 / self.bytes_per_second)
+                    .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The stages of a pull.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PullState {
+    /// Asking the source what the reference means.
+    Resolving,
+    /// Layers are on their way.
+    Pulling,
+    /// All layers are here; the tree is being made.
+    Finishing,
+    /// Complete.
+    Done,
+    /// Over, for this reason.
+    Failed(String),
+}
+
+/// A pull that succeeded.
+#[derive(Debug, Clone)]
+pub struct Pulled {
+    /// The image manifest.
+    pub digest: Digest,
+    /// What the store has of it.
+    pub image: StoredImage,
+    /// Bytes of layers that came from the source for this pull.
+    pub fetched_bytes: u64,
+    /// Bytes of content written to the disk for it.
+    pub written_bytes: u64,
+    /// Nothing had to be fetched.
+    pub already_present: bool,
+}
+
+/// Why a pull failed. The variants are what a caller does next.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PullError {
+    /// The source did not serve; see [`SourceError`].
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// It served other bytes than the digest names. The same source will not do better.
+    #[error("{0}")]
+    Mismatch(String),
+    /// An image that cannot be made into files here: its media type or platform.
+    #[error(transparent)]
+    Unsupported(#[from] ManifestError),
+    /// A layer that must not or cannot be unpacked.
+    #[error("{0}")]
+    Unpack(String),
+    /// The store's disk.
+    #[error(transparent)]
+    Store(Arc<StoreError>),
+    /// [`PullPolicy::Never`], and it is not here.
+    #[error("{0}")]
+    NotStored(String),
+    /// The puller was shut down, or nobody waited any more.
+    #[error("{0}")]
+    Cancelled(String),
+}
+
+impl From<StoreError> for PullError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(Arc::new(error))
+    }
+}
+
+/// Pulls images into a store. Clones share all state.
+#[derive(Clone)]
+pub struct Puller {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    store: Store,
+    sources: Sources,
+    fetcher: Fetcher,
+    attempts: u32,
+    images: Flights<ImageKey, Result<Pulled, PullError>, Arc<Entry>>,
+    layers: layers::LayerFlights,
+    layer_slots: Arc<Semaphore>,
+    board: Board,
+    /// Joins what runs on blocking threads at shutdown.
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// Pulls are the same when they would do the same with the same rights.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct ImageKey {
+    reference: Reference,
+    platform: Platform,
+    policy: PullPolicy,
+    secret: PullSecret,
+}
+
+impl Puller {
+    /// A puller with its own limits. Starts nothing yet.
+    pub fn new(store: Store, sources: Sources, options: PullOptions) -> Self {
+        let fetcher =
+            Fetcher::new(options.window_bytes, options.connections_per_layer, options.attempts);
+        let slots = options.concurrent_layers.clamp(1, Semaphore::MAX_PERMITS);
+        Self {
+            inner: Arc::new(Inner {
+                store,
+                sources,
+                fetcher,
+                attempts: options.attempts,
+                images: Flights::default(),
+                layers: Flights::default(),
+                layer_slots: Arc::new(Semaphore::new(slots)),
+                board: Board::default(),
+                tasks: TaskTracker::new(),
+                stop: CancellationToken::new(),
+            }),
+        }
+    }
+
+    /// The store that images go to.
+    pub fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    /// Joins the same pull in flight, or starts one. Needs a Tokio runtime.
+    pub fn start(&self, request: PullRequest) -> PullHandle {
+        let key = ImageKey {
+            reference: request.reference.clone(),
+            platform: request.platform.clone(),
+            policy: request.policy,
+            secret: request.secret.clone(),
+        };
+        let inner = Arc::clone(&self.inner);
+        let flight = self.inner.images.join(&key, |stop| {
+            let entry = inner.board.enter(&request.reference);
+            let (inner, shown) = (Arc::clone(&inner), Arc::clone(&entry));
+            let work = async move {
+                let _tracked = inner.tasks.token();
+                let outcome = inner.pull(&request, &shown, &stop).await;
+                inner.board.leave(&shown, &outcome);
+                outcome
+            };
+            (entry, work)
+        });
+        PullHandle { flight }
+    }
+
+    /// Pulls in flight, and recent failures, in the order in which they were asked for.
+    pub fn pulls(&self) -> Vec<PullProgress> {
+        self.inner.board.list()
+    }
+
+    /// Changes its value when a pull starts, passes a stage, or ends; not with each byte.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.board.changes.subscribe()
+    }
+
+    /// Stops all pulls where they can be gone on from, and waits until the disk is quiet.
+    /// Pulls that are started afterwards fail at once.
+    pub async fn shutdown(&self) {
+        self.inner.stop.cancel();
+        self.inner.images.stop_all();
+        self.inner.layers.stop_all();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+}
+
+/// One caller's hold on a pull. When the last handle is dropped the pull stops where it
+/// can be gone on from, unless it was detached.
+pub struct PullHandle {
+    flight: Flight<ImageKey, Result<Pulled, PullError>, Arc<Entry>>,
+}
+
+impl PullHandle {
+    /// Where the pull stands now.
+    pub fn progress(&self) -> PullProgress {
+        self.flight.state.progress()
+    }
+
+    /// Waits for the end of the pull.
+    ///
+    /// # Errors
+    ///
+    /// See [`PullError`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up this wait only; the pull goes on while the handle lives.
+    pub async fn wait(&self) -> Result<Pulled, PullError> {
+        match self.flight.wait().await {
+            Some(result) => result,
+            None => Err(PullError::Cancelled(format!(
+                "pull {}: ended unexpectedly, see the log",
+                self.flight.state.reference
+            ))),
+        }
+    }
+
+    /// Lets the pull go on to its end without anybody waiting.
+    pub fn detach(self) {
+        self.flight.detach();
+    }
+}
+
+/// All pulls that can be seen from outside.
+struct Board {
+    entries: Mutex<Vec<Arc<Entry>>>,
+    changes: watch::Sender<u64>,
+}
+
+/// What is known of one pull.
+struct Entry {
+    reference: Reference,
+    started_at: SystemTime,
+    stage: Mutex<Stage>,
+    changes: watch::Sender<u64>,
+}
+
+struct Stage {
+    state: PullState,
+    digest: Option<Digest>,
+    total_bytes: u64,
+    /// Bytes of layers that were here before.
+    present_bytes: u64,
+    /// The layers on their way; another pull may be watching the same ones.
+    meters: Vec<Arc<Meter>>,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        Self { entries: Mutex::default(), changes: watch::Sender::new(0) }
+    }
+}
+
+impl Board {
+    /// A new entry, in place of earlier failures of the same reference.
+    fn enter(&self, reference: &Reference) -> Arc<Entry> {
+        let entry = Arc::new(Entry {
+            reference: reference.clone(),
+            started_at: SystemTime::now(),
+            stage: Mutex::new(Stage {
+                state: PullState::Resolving,
+                digest: None,
+                total_bytes: 0,
+                present_bytes: 0,
+                meters: Vec::new(),
+            }),
+            changes: self.changes.clone(),
+        });
+        {
+            let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            entries.retain(|e| e.reference != *reference || !e.is_over());
+            entries.push(Arc::clone(&entry));
+        }
+        self.changes.send_modify(|n| *n += 1);
+        entry
+    }
+
+    fn leave(&self, entry: &Arc<Entry>, outcome: &Result<Pulled, PullError>) {
+        let state = match outcome {
+            Ok(_) => PullState::Done,
+            Err(error) => PullState::Failed(error.to_string()),
+        };
+        {
+            let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            // What is done the store tells; what nobody waited for has not failed.
+            if matches!(outcome, Ok(_) | Err(PullError::Cancelled(_))) {
+                entries.retain(|e| !Arc::ptr_eq(e, entry));
+            }
+            while entries.iter().filter(|e| e.is_over()).count() >= REMEMBERED_FAILURES {
+                let Some(oldest) = entries.iter().position(|e| e.is_over()) else { break };
+                entries.remove(oldest);
+            }
+        }
+        entry.set(|stage| stage.state = state);
+    }
+
+    fn list(&self) -> Vec<PullProgress> {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.iter().map(|entry| entry.progress()).collect()
+    }
+}
+
+impl Entry {
+    fn set(&self, change: impl FnOnce(&mut Stage)) {
+        change(&mut self.stage.lock().unwrap_or_else(PoisonError::into_inner));
+        self.changes.send_modify(|n| *n += 1);
+    }
+
+    fn is_over(&self) -> bool {
+        let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(stage.state, PullState::Done | PullState::Failed(_))
+    }
+
+    fn progress(&self) -> PullProgress {
+        let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let (mut done_bytes, mut bytes_per_second) = (stage.present_bytes, 0.0);
+        for meter in &stage.meters {
+            let (bytes, rate) = meter.read(now);
+            done_bytes += bytes;
+            bytes_per_second += rate;
+        }
+        PullProgress {
+            reference: self.reference.clone(),
+            digest: stage.digest,
+            state: stage.state.clone(),
+            done_bytes,
+            total_bytes: stage.total_bytes,
+            started_at: self.started_at,
+            bytes_per_second,
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "pull/tests.rs"]
+mod tests;

@@ -1,0 +1,322 @@
+//! Fetching one blob: ranges in parallel, handed on in order.
+//!
+//! ```text
+//! Source ─► range 0 ═══════►┐
+//!        ─► range 1 ════►   ├─► in order ─► one queue ─► layer
+//!        ─► range 2 ═►      ┘
+//! ```
+//!
+//! # What always holds
+//!
+//! - **Memory is bounded by the window.** A range is asked for only once credit
+//!   for all its bytes is there; the credit goes back as its bytes are used.
+//! - **No deadlock over credit.** Ranges start in order, so the range that is
+//!   handed on always has its own; and only a blob with no range at all under
+//!   way waits for credit.
+//! - **Retries lose nothing.** A range that breaks off goes on from its last byte.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use backon::BackoffBuilder as _;
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::PullError;
+use super::meter::Meter;
+use crate::layer::Chunk;
+use crate::manifest::Blob;
+use crate::source::{BlobBody, Source, SourceError};
+
+/// Bytes of one ranged request. Much smaller, and the registry's work for each request shows;
+/// much larger, and the window holds too few of them.
+const RANGE_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Credit is counted in KiB: a semaphore's counter is too small for bytes.
+const CREDIT: u64 = 1024;
+
+/// A registry that says "come back in an hour" is asked again earlier than that.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// Held while a range's bytes are in memory.
+pub(super) type Credit = Arc<OwnedSemaphorePermit>;
+
+/// What all fetches of a puller share.
+#[derive(Clone)]
+pub(super) struct Fetcher {
+    window: Arc<Semaphore>,
+    window_credits: u32,
+    connections: usize,
+    attempts: u32,
+}
+
+impl Fetcher {
+    pub(super) fn new(window_bytes: u64, connections: usize, attempts: u32) -> Self {
+        let credits = (window_bytes.max(RANGE_BYTES) / CREDIT).min(Semaphore::MAX_PERMITS as u64);
+        let credits = u32::try_from(credits).unwrap_or(u32::MAX);
+        Self {
+            window: Arc::new(Semaphore::new(credits as usize)),
+            window_credits: credits,
+            connections: connections.max(1),
+            attempts: attempts.max(1),
+        }
+    }
+
+    /// Sends the blob's bytes from `start` on, in order, into `out`.
+    ///
+    /// Ends early without an error when `out` is closed.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes all transfers.
+    pub(super) async fn fetch(
+        &self,
+        source: Arc<dyn Source>,
+        blob: Blob,
+        start: u64,
+        meter: Arc<Meter>,
+        out: mpsc::Sender<Chunk<Credit>>,
+    ) -> Result<(), PullError> {
+        if start >= blob.size {
+            return Ok(());
+        }
+        // The first answer tells whether ranges are served at all.
+        let first_end = start.saturating_add(RANGE_BYTES).min(blob.size);
+        let credit = self.credit(first_end - start).await?;
+        let mut first =
+            RangeReader { source, blob, range: start..first_end, meter, attempts: self.attempts, body: None };
+        first.open().await?;
+        if first.is_whole_blob() {
+            first.range.end = blob.size;
+            return self.stream(first, credit, &out).await;
+        }
+
+        let mut next = first_end;
+        let template = first.again(0..0);
+        let mut under_way = VecDeque::from([spawn(first, credit)]);
+        loop {
+            while under_way.len() < self.connections && next < blob.size {
+                let end = next.saturating_add(RANGE_BYTES).min(blob.size);
+                let credit = if under_way.is_empty() {
+                    self.credit(end - next).await?
+                } else if let Some(credit) = self.try_credit(end - next) {
+                    credit
+                } else {
+                    break;
+                };
+                under_way.push_back(spawn(template.again(next..end), credit));
+                next = end;
+            }
+            let Some(front) = under_way.front_mut() else { return Ok(()) };
+            match front.chunks.recv().await {
+                Some(Ok(chunk)) => {
+                    if out.send(chunk).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                Some(Err(e)) => return Err(e),
+                None => {
+                    under_way.pop_front();
+                }
+            }
+        }
+    }
+
+    /// One connection for the whole blob, in bounded steps of credit.
+    async fn stream(
+        &self,
+        mut reader: RangeReader,
+        first: Credit,
+        out: &mpsc::Sender<Chunk<Credit>>,
+    ) -> Result<(), PullError> {
+        let (mut credit, mut left) = (first, RANGE_BYTES);
+        while let Some(bytes) = reader.next().await? {
+            if bytes.len() as u64 > left {
+                // What was handed on before keeps the old credit alive until it is used.
+                drop(credit);
+                credit = self.credit(RANGE_BYTES).await?;
+                left = RANGE_BYTES;
+            }
+            left = left.saturating_sub(bytes.len() as u64);
+            let chunk = Chunk { bytes, _credit: Arc::clone(&credit) };
+            if out.send(chunk).await.is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    fn amount(&self, bytes: u64) -> u32 {
+        let credits = u32::try_from(bytes.div_ceil(CREDIT)).unwrap_or(u32::MAX);
+        credits.clamp(1, self.window_credits)
+    }
+
+    async fn credit(&self, bytes: u64) -> Result<Credit, PullError> {
+        let window = Arc::clone(&self.window);
+        let permit = window.acquire_many_owned(self.amount(bytes)).await;
+        permit.map(Arc::new).map_err(|_| PullError::Cancelled("the puller has been shut down".to_owned()))
+    }
+
+    fn try_credit(&self, bytes: u64) -> Option<Credit> {
+        Arc::clone(&self.window).try_acquire_many_owned(self.amount(bytes)).ok().map(Arc::new)
+    }
+}
+
+/// A range under way in a task of its own.
+struct UnderWay {
+    // Unbounded, and never longer than the range's credit.
+    chunks: mpsc::UnboundedReceiver<Result<Chunk<Credit>, PullError>>,
+    _task: AbortOnDropHandle<()>,
+}
+
+fn spawn(mut reader: RangeReader, credit: Credit) -> UnderWay {
+    let (sender, chunks) = mpsc::unbounded_channel();
+    let task = tokio::spawn(async move {
+        loop {
+            let message = match reader.next().await {
+                Ok(Some(bytes)) => Ok(Chunk { bytes, _credit: Arc::clone(&credit) }),
+                Ok(None) => return,
+                Err(e) => Err(e),
+            };
+            let failed = message.is_err();
+            if sender.send(message).is_err() || failed {
+                return;
+            }
+        }
+    });
+    UnderWay { chunks, _task: AbortOnDropHandle::new(task) }
+}
+
+/// Reads one range to its end, over as many requests as it takes.
+struct RangeReader {
+    source: Arc<dyn Source>,
+    blob: Blob,
+    /// What is still to come.
+    range: Range<u64>,
+    meter: Arc<Meter>,
+    attempts: u32,
+    body: Option<BlobBody>,
+}
+
+impl RangeReader {
+    fn again(&self, range: Range<u64>) -> Self {
+        Self {
+            source: Arc::clone(&self.source),
+            blob: self.blob,
+            range,
+            meter: Arc::clone(&self.meter),
+            attempts: self.attempts,
+            body: None,
+        }
+    }
+
+    /// The source does not do ranges, and has begun to send everything.
+    fn is_whole_blob(&self) -> bool {
+        self.body.as_ref().is_some_and(|body| !body.ranged)
+    }
+
+    async fn open(&mut self) -> Result<(), PullError> {
+        let what = || format!("fetch {} from {}", self.blob.digest, self.source.name());
+        let body = retry(self.attempts, &what(), || {
+            self.source.blob(&self.blob.digest, self.blob.size, self.range.clone())
+        })
+        .await?;
+        self.body = Some(body);
+        Ok(())
+    }
+
+    /// The next bytes, or `None` when the range is complete.
+    async fn next(&mut self) -> Result<Option<Bytes>, PullError> {
+        // Attempts are counted while nothing comes; a byte is progress.
+        let mut failures = 0;
+        loop {
+            if self.range.is_empty() {
+                return Ok(None);
+            }
+            if self.body.is_none() {
+                self.open().await?;
+            }
+            let Some(body) = &mut self.body else { continue };
+            let error = match body.stream.next().await {
+                Some(Ok(mut bytes)) => {
+                    let skipped = (self.range.start - body.offset).min(bytes.len() as u64);
+                    body.offset += bytes.len() as u64;
+                    let _ = bytes.split_to(skipped as usize);
+                    let left = self.range.end - self.range.start;
+                    bytes.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+                    if bytes.is_empty() {
+                        continue;
+                    }
+                    self.range.start += bytes.len() as u64;
+                    self.meter.add(bytes.len() as u64, Instant::now());
+                    return Ok(Some(bytes));
+                }
+                Some(Err(e)) => e,
+                None => SourceError::Unavailable(format!(
+                    "{} ended blob {} at byte {} of {}",
+                    self.source.name(),
+                    self.blob.digest,
+                    self.range.start,
+                    self.blob.size
+                )),
+            };
+            self.body = None;
+            failures += 1;
+            if !error.is_transient() || failures >= self.attempts {
+                return Err(error.into());
+            }
+            tracing::debug!(%error, at = self.range.start, "going on with a new request");
+            tokio::time::sleep(pause(failures, &error)).await;
+        }
+    }
+}
+
+/// Runs `attempt` until it succeeds, fails for good, or has been tried `attempts` times.
+pub(super) async fn retry<T, F>(
+    attempts: u32,
+    what: &str,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, SourceError>
+where
+    F: Future<Output = Result<T, SourceError>>,
+{
+    let mut failures = 0;
+    loop {
+        match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(error) => {
+                failures += 1;
+                if !error.is_transient() || failures >= attempts {
+                    return Err(error);
+                }
+                let wait = pause(failures, &error);
+                tracing::warn!(%error, wait_ms = wait.as_millis() as u64, "{what}: trying again");
+                tokio::time::sleep(wait).await;
+            }
+        }
+    }
+}
+
+/// Half a second, doubled each time, with jitter so that a cluster does not come back as one; or
+/// what the registry asked for.
+fn pause(failures: u32, error: &SourceError) -> Duration {
+    if let SourceError::Throttled { retry_after: Some(wait), .. } = error {
+        return (*wait).min(LONGEST_WAIT);
+    }
+    backon::ExponentialBuilder::default()
+        .with_jitter()
+        .with_min_delay(Duration::from_millis(500))
+        .with_max_delay(Duration::from_secs(15))
+        .without_max_times()
+        .build()
+        .nth(failures.saturating_sub(1) as usize)
+        .unwrap_or(LONGEST_WAIT)
+}
+
+#[cfg(test)]
+#[path = "fetch_tests.rs"]
+mod tests;

@@ -1,0 +1,125 @@
+//! One layer: waited for in turn, fetched, unpacked.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::flight::{Flight, Flights};
+use super::meter::Meter;
+use super::{Inner, PullError};
+use crate::digest::Digest;
+use crate::layer::{LayerError, Resumed};
+use crate::manifest::Layer;
+use crate::source::Source;
+
+/// Chunks between network and layer; their memory counts in the window.
+const QUEUE: usize = 64;
+
+/// How often a layer that another process brings in is looked at.
+const OTHER_PROCESS_POLL: Duration = Duration::from_millis(200);
+
+/// What a layer cost.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct LayerDone {
+    pub(super) fetched_bytes: u64,
+    pub(super) written_bytes: u64,
+}
+
+/// By digest and diff_id: two images may disagree on what a layer unpacks to, and then one is wrong.
+type Key = (Digest, Digest);
+pub(super) type LayerFlights = Flights<Key, Result<LayerDone, PullError>, Arc<Meter>>;
+pub(super) type LayerFlight = Flight<Key, Result<LayerDone, PullError>, Arc<Meter>>;
+
+impl Inner {
+    /// Joins the layer's fetch in flight, or starts it from `source`.
+    pub(super) fn start_layer(
+        self: &Arc<Self>,
+        source: &Arc<dyn Source>,
+        layer: Layer,
+        diff_id: Digest,
+    ) -> LayerFlight {
+        self.layers.join(&(layer.blob.digest, diff_id), |stop| {
+            let meter = Arc::new(Meter::new(Instant::now()));
+            let (inner, source, counted) = (Arc::clone(self), Arc::clone(source), Arc::clone(&meter));
+            let work = async move {
+                let _tracked = inner.tasks.token();
+                inner.bring_layer(source, layer, diff_id, counted, &stop).await
+            };
+            (meter, work)
+        })
+    }
+
+    async fn bring_layer(
+        &self,
+        source: Arc<dyn Source>,
+        layer: Layer,
+        diff_id: Digest,
+        meter: Arc<Meter>,
+        stop: &CancellationToken,
+    ) -> Result<LayerDone, PullError> {
+        let digest = layer.blob.digest;
+        let stopped = || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
+
+        let slots = Arc::clone(&self.layer_slots);
+        let _slot = tokio::select! {
+            () = stop.cancelled() => return Err(stopped()),
+            slot = slots.acquire_owned() => slot.map_err(|_| stopped())?,
+        };
+        let ingest = loop {
+            if let Some(ingest) = self.disk(move |store| store.ingest(&digest)).await? {
+                break ingest;
+            }
+            // Another process is at it.
+            tokio::select! {
+                () = stop.cancelled() => return Err(stopped()),
+                () = tokio::time::sleep(OTHER_PROCESS_POLL) => {}
+            }
+        };
+        // Somebody may have finished it while this one waited for its turn.
+        let present = self.disk(move |store| {
+            let there = store.layer(&digest)?.is_some();
+            if there {
+                ingest.discard()?;
+                return Ok(None);
+            }
+            Resumed::open(ingest, layer, diff_id).map(Some)
+        });
+        let Some(resumed) = present.await? else {
+            meter.skip(layer.blob.size);
+            return Ok(LayerDone::default());
+        };
+
+        let offset = resumed.offset();
+        if offset > 0 {
+            tracing::info!(layer = %digest, offset, "going on with a layer");
+        }
+        meter.skip(offset);
+        let (sender, mut chunks) = mpsc::channel(QUEUE);
+        let unpacking =
+            self.tasks.spawn_blocking(move || resumed.unpack(|| chunks.blocking_recv()));
+        let fetching = self.fetcher.fetch(source, layer.blob, offset, meter, sender);
+        let fetched = tokio::select! {
+            () = stop.cancelled() => Err(stopped()),
+            fetched = fetching => fetched,
+        };
+        // The queue is closed now, so the thread ends by itself.
+        let unpacked = unpacking.await;
+        let name = |why: String| format!("layer {digest}: {why}");
+        match (unpacked, fetched) {
+            (Ok(Ok(done)), _) => Ok(LayerDone {
+                fetched_bytes: layer.blob.size - offset,
+                written_bytes: done.written_bytes,
+            }),
+            (Ok(Err(LayerError::Stopped(_))), Err(why)) => Err(why),
+            (Ok(Err(LayerError::Stopped(at))), Ok(())) => {
+                Err(PullError::Cancelled(name(format!("ended at byte {at}"))))
+            }
+            (Ok(Err(LayerError::Mismatch(why))), _) => Err(PullError::Mismatch(name(why))),
+            (Ok(Err(LayerError::Refused(why))), _) => Err(PullError::Unpack(name(why))),
+            (Ok(Err(LayerError::Store(error))), _) => Err(error.into()),
+            (Err(panic), _) => Err(PullError::Unpack(name(format!("unpacking died: {panic}")))),
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! How much has come, and how fast.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The rate's memory: long enough to be calm, short enough to notice a stall.
+const TAU: Duration = Duration::from_secs(10);
+
+/// Counts bytes and keeps their exponentially weighted rate.
+#[derive(Debug)]
+pub(super) struct Meter {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    start: Instant,
+    last: Instant,
+    bytes: u64,
+    rate: f64,
+}
+
+impl Meter {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { state: Mutex::new(State { start: now, last: now, bytes: 0, rate: 0.0 }) }
+    }
+
+    /// Counts bytes that arrived.
+    pub(super) fn add(&self, bytes: u64, now: Instant) {
+        let mut state = self.lock();
+        state.decay(now);
+        state.bytes += bytes;
+        state.rate += bytes as f64 / TAU.as_secs_f64();
+    }
+
+    /// Counts bytes that need not be fetched: they are done and say nothing of the rate.
+    pub(super) fn skip(&self, bytes: u64) {
+        self.lock().bytes += bytes;
+    }
+
+    /// `(bytes so far, bytes per second)`.
+    pub(super) fn read(&self, now: Instant) -> (u64, f64) {
+        let mut state = self.lock();
+        state.decay(now);
+        // The average starts at zero; without this the first seconds would look slow.
+        let age = now.saturating_duration_since(state.start).as_secs_f64().max(0.05);
+        let weight = 1.0 - (-age / TAU.as_secs_f64()).exp();
+        (state.bytes, state.rate / weight)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn decay(&mut self, now: Instant) {
+        let passed = now.saturating_duration_since(self.last).as_secs_f64();
+        self.rate *= (-passed / TAU.as_secs_f64()).exp();
+        self.last = now.max(self.last);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_steady_stream_has_its_rate_from_the_start_and_a_stall_shows() {
+        let start = Instant::now();
+        let meter = Meter::new(start);
+        let mut now = start;
+        for second in 1..=60 {
+            for _ in 0..10 {
+                now += Duration::from_millis(100);
+                meter.add(10_000_000, now);
+            }
+            let (bytes, rate) = meter.read(now);
+            assert_eq!(bytes, second * 100_000_000);
+            assert!((0.94e8..1.06e8).contains(&rate), "after {second} s: {rate}");
+        }
+        let (_, rate) = meter.read(now + Duration::from_secs(30));
+        assert!(rate < 0.06e8, "after a stall of 30 s: {rate}");
+    }
+
+    #[test]
+    fn skipped_bytes_are_done_but_not_fast() {
+        let start = Instant::now();
+        let meter = Meter::new(start);
+        meter.skip(1 << 30);
+        assert_eq!(meter.read(start + Duration::from_secs(1)), (1 << 30, 0.0));
+    }
+}

@@ -1,0 +1,322 @@
+//! One pull, from its reference to its tree.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio_util::sync::CancellationToken;
+
+use super::fetch::retry;
+use super::layers::LayerDone;
+use super::{Entry, Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
+use crate::digest::Digest;
+use crate::manifest::{Blob, ImageManifest, Layer, Manifest, diff_ids};
+use crate::source::{ManifestName, RawManifest, Source, SourceError};
+use crate::store::{Lease, NewTree, RefRecord, Store, StoreError, StoredLayer};
+use crate::tree::Tree;
+
+/// How often a tree that another process makes is looked at.
+const OTHER_PROCESS_POLL: Duration = Duration::from_millis(100);
+
+/// What a reference means: the digest the source gave, and the image chosen from it.
+struct Resolved {
+    resolved: Digest,
+    image: ImageManifest,
+    manifest: RawManifest,
+}
+
+impl Inner {
+    /// Runs the pull; ends early when `stop` is cancelled.
+    pub(super) async fn pull(
+        self: &Arc<Self>,
+        request: &PullRequest,
+        entry: &Entry,
+        stop: &CancellationToken,
+    ) -> Result<Pulled, PullError> {
+        let reference = &request.reference;
+        let stopped = || PullError::Cancelled(format!("pull {reference}: stopped, will go on where it was"));
+        if self.stop.is_cancelled() {
+            return Err(stopped());
+        }
+        let outcome = tokio::select! {
+            () = stop.cancelled() => Err(stopped()),
+            outcome = self.run(request, entry) => outcome,
+        };
+        match &outcome {
+            Ok(pulled) => tracing::info!(
+                %reference,
+                digest = %pulled.digest,
+                fetched_bytes = pulled.fetched_bytes,
+                written_bytes = pulled.written_bytes,
+                "image is here"
+            ),
+            Err(PullError::Cancelled(_)) => tracing::info!(%reference, "pull stopped"),
+            Err(error) => tracing::warn!(%reference, %error, "pull failed"),
+        }
+        outcome
+    }
+
+    async fn run(self: &Arc<Self>, request: &PullRequest, entry: &Entry) -> Result<Pulled, PullError> {
+        let reference = &request.reference;
+        let asked = reference.clone();
+        let (here, known) = self
+            .disk(move |store| Ok((store.lookup(&asked)?, store.reference(&asked)?)))
+            .await?;
+        // A record for another platform says nothing of this one.
+        let here = here.filter(|_| known.as_ref().is_none_or(|known| known.platform == request.platform));
+        match (request.policy, here) {
+            (PullPolicy::IfNotPresent | PullPolicy::Never, Some(digest)) => {
+                return self.present(digest).await;
+            }
+            (PullPolicy::Never, None) => {
+                return Err(PullError::NotStored(format!(
+                    "image {reference} is not on this node, and the pull policy Never forbids to fetch it"
+                )));
+            }
+            _ => {}
+        }
+
+        let source = self.sources.open(reference, &request.secret)?;
+        let mut name = reference.name();
+        if let (ManifestName::Tag(_), Some(digest), Some(known)) = (&name, here, &known) {
+            let now = retry(self.attempts, "resolve", || source.resolve(&name)).await?;
+            if now == known.resolved {
+                return self.present(digest).await;
+            }
+            name = ManifestName::Digest(now);
+        }
+        let found = self.resolve(&*source, &name, request).await?;
+        let digest = found.image.digest;
+        let record = RefRecord {
+            reference: reference.to_string(),
+            resolved: found.resolved,
+            platform: request.platform.clone(),
+            image: digest,
+            resolved_at: SystemTime::now(),
+        };
+        entry.set(|stage| {
+            stage.digest = Some(digest);
+            stage.total_bytes = found.image.download_bytes();
+            stage.state = PullState::Pulling;
+        });
+        let mut cost = None;
+        if self.disk(move |store| store.image(&digest)).await?.is_none() {
+            cost = Some(self.bring_image(&source, &found, entry).await?);
+        }
+        self.disk(move |store| store.put_reference(&record)).await?;
+        let mut pulled = self.present(digest).await?;
+        if let Some(cost) = cost {
+            pulled.fetched_bytes = cost.fetched_bytes;
+            pulled.written_bytes = cost.written_bytes;
+            pulled.already_present = false;
+        }
+        Ok(pulled)
+    }
+
+    async fn present(&self, digest: Digest) -> Result<Pulled, PullError> {
+        let image = self.disk(move |store| store.image(&digest)).await?;
+        let image = image.ok_or_else(|| {
+            PullError::NotStored(format!("image {digest} was removed at this moment: pull it again"))
+        })?;
+        Ok(Pulled { digest, image, fetched_bytes: 0, written_bytes: 0, already_present: true })
+    }
+
+    async fn resolve(
+        &self,
+        source: &dyn Source,
+        name: &ManifestName,
+        request: &PullRequest,
+    ) -> Result<Resolved, PullError> {
+        let top = self.manifest(source, name).await?;
+        let resolved = top.digest();
+        let (manifest, parsed) = match Manifest::parse(&top)? {
+            Manifest::Index(index) => {
+                let chosen = index.choose(&request.platform)?;
+                let manifest = self.manifest(source, &ManifestName::Digest(chosen)).await?;
+                let parsed = Manifest::parse(&manifest)?;
+                (manifest, parsed)
+            }
+            image @ Manifest::Image(_) => (top, image),
+        };
+        match parsed {
+            Manifest::Image(image) => Ok(Resolved { resolved, image, manifest }),
+            Manifest::Index(_) => {
+                Err(SourceError::Invalid(format!("index {resolved}: names another index")).into())
+            }
+        }
+    }
+
+    async fn manifest(&self, source: &dyn Source, name: &ManifestName) -> Result<RawManifest, PullError> {
+        let raw = retry(self.attempts, "fetch manifest", || source.manifest(name)).await?;
+        match name {
+            ManifestName::Digest(digest) if raw.digest() != *digest => Err(PullError::Mismatch(format!(
+                "manifest {digest}: {} served bytes that hash to {}",
+                source.name(),
+                raw.digest()
+            ))),
+            _ => Ok(raw),
+        }
+    }
+
+    /// A blob that is small enough to hold.
+    async fn config(&self, source: &dyn Source, blob: Blob) -> Result<Vec<u8>, PullError> {
+        let fetch = || async {
+            let mut bytes = Vec::new();
+            if blob.size > 0 {
+                let mut body = source.blob(&blob.digest, blob.size, 0..blob.size).await?;
+                while let Some(chunk) = body.stream.next().await {
+                    bytes.extend_from_slice(&chunk?);
+                    if bytes.len() as u64 > blob.size {
+                        break;
+                    }
+                }
+            }
+            Ok::<_, SourceError>(bytes)
+        };
+        let bytes = retry(self.attempts, "fetch config", fetch).await?;
+        if Digest::of(&bytes) != blob.digest {
+            return Err(PullError::Mismatch(format!(
+                "config {}: {} served {} bytes that hash to {}",
+                blob.digest,
+                source.name(),
+                bytes.len(),
+                Digest::of(&bytes)
+            )));
+        }
+        Ok(bytes)
+    }
+
+    async fn bring_image(
+        self: &Arc<Self>,
+        source: &Arc<dyn Source>,
+        found: &Resolved,
+        entry: &Entry,
+    ) -> Result<LayerDone, PullError> {
+        let image = &found.image;
+        let config = self.config(&**source, image.config).await?;
+        let diff_ids = diff_ids(image, &config)?;
+        let layers: Vec<(Layer, Digest)> = image.layers.iter().copied().zip(diff_ids).collect();
+
+        // Nothing that is gathered from here on is collected before the tree stands.
+        let names: BTreeSet<Digest> = layers.iter().map(|(layer, _)| layer.blob.digest).collect();
+        let lease: Lease = self.disk(move |store| store.lease(names)).await?;
+        let cost = self.bring_layers(source, &layers, entry).await?;
+
+        entry.set(|stage| stage.state = PullState::Finishing);
+        let (image, manifest) = (image.clone(), found.manifest.clone());
+        loop {
+            let (image, manifest) = (image.clone(), manifest.clone());
+            let (layers, config) = (layers.clone(), config.clone());
+            let made = self
+                .disk(move |store| make_tree(store, &image, &layers, &manifest.bytes, &config))
+                .await??;
+            if made {
+                break;
+            }
+            tokio::time::sleep(OTHER_PROCESS_POLL).await;
+        }
+        drop(lease);
+        Ok(cost)
+    }
+
+    async fn bring_layers(
+        self: &Arc<Self>,
+        source: &Arc<dyn Source>,
+        layers: &[(Layer, Digest)],
+        entry: &Entry,
+    ) -> Result<LayerDone, PullError> {
+        let distinct: BTreeMap<Digest, (Layer, Digest)> =
+            layers.iter().map(|(layer, diff_id)| (layer.blob.digest, (*layer, *diff_id))).collect();
+        let asked: Vec<Digest> = distinct.keys().copied().collect();
+        let here = self
+            .disk(move |store| {
+                let mut here = BTreeSet::new();
+                for digest in asked {
+                    if store.layer(&digest)?.is_some() {
+                        here.insert(digest);
+                    }
+                }
+                Ok(here)
+            })
+            .await?;
+        // In the manifest's order, so that flights start lowest layer first.
+        let mut started = BTreeSet::new();
+        let flights: Vec<_> = layers
+            .iter()
+            .filter(|(layer, _)| !here.contains(&layer.blob.digest) && started.insert(layer.blob.digest))
+            .map(|(layer, diff_id)| self.start_layer(source, *layer, *diff_id))
+            .collect();
+        entry.set(|stage| {
+            stage.present_bytes = here.iter().map(|digest| distinct[digest].0.blob.size).sum();
+            stage.meters = flights.iter().map(|flight| Arc::clone(&flight.state)).collect();
+        });
+        let mut cost = LayerDone::default();
+        let mut waits: FuturesUnordered<_> = flights.iter().map(|flight| flight.wait()).collect();
+        while let Some(done) = waits.next().await {
+            // The first failure drops the other flights, which stop where they can go on.
+            let done = done.ok_or_else(|| {
+                PullError::Cancelled("a layer's fetch ended unexpectedly, see the log".to_owned())
+            })??;
+            cost.fetched_bytes += done.fetched_bytes;
+            cost.written_bytes += done.written_bytes;
+        }
+        Ok(cost)
+    }
+
+    /// Runs something that blocks on the disk.
+    pub(super) async fn disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, PullError> {
+        let store = self.store.clone();
+        match self.tasks.spawn_blocking(move || work(&store)).await {
+            Ok(result) => result.map_err(PullError::from),
+            Err(panic) => Err(StoreError::Corrupt(format!("work on the store died: {panic}")).into()),
+        }
+    }
+}
+
+/// Lays the layers over each other and commits what they add up to. `false`: another process is at it.
+fn make_tree(
+    store: &Store,
+    image: &ImageManifest,
+    layers: &[(Layer, Digest)],
+    manifest: &[u8],
+    config: &[u8],
+) -> Result<Result<bool, PullError>, StoreError> {
+    let mut tree = Tree::default();
+    for (layer, diff_id) in layers {
+        let digest = layer.blob.digest;
+        let Some(record) = store.layer(&digest)? else {
+            return Err(StoreError::Corrupt(format!("layer {digest} is gone again: pull the image again")));
+        };
+        if record.diff_id != *diff_id {
+            return Ok(Err(PullError::Mismatch(format!(
+                "layer {digest} unpacks to {}, but the config of image {} says diff_id {diff_id}",
+                record.diff_id, image.digest
+            ))));
+        }
+        if let Err(why) = tree.apply(&record.entries) {
+            return Ok(Err(PullError::Unpack(format!("layer {digest}: {why}"))));
+        }
+    }
+    let layers = layers
+        .iter()
+        .map(|(layer, diff_id)| StoredLayer {
+            digest: layer.blob.digest,
+            size_bytes: layer.blob.size,
+            diff_id: *diff_id,
+        })
+        .collect();
+    let new = NewTree {
+        digest: image.digest,
+        packaging: image.packaging,
+        layers,
+        tree: &tree,
+        manifest,
+        config,
+    };
+    store.commit_tree(&new).map(Ok)
+}

@@ -1,0 +1,192 @@
+//! Where bytes come from: the edge of the world on the reading side.
+//!
+//! A [`Source`] is one image repository at one place: a registry repository
+//! ([`registry`]) or an OCI layout folder ([`layout`]). It hands out manifests
+//! and ranges of blobs *unverified*; whoever asks checks length and digest.
+//! Every implementation passes the same conformance suite.
+//!
+//! [`Sources`] opens the source that a [`Reference`] names.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+
+use crate::digest::Digest;
+use crate::reference::Reference;
+use registry::RegistryClient;
+
+pub mod layout;
+pub mod registry;
+
+pub use layout::LayoutSource;
+pub use registry::{PullSecret, RegistryOptions, RegistrySource};
+
+/// The largest manifest or index that is read, in bytes: what the OCI
+/// distribution specification tells registries to accept at least.
+pub const MAX_MANIFEST_BYTES: u64 = 4 * 1024 * 1024;
+
+/// A repository of one image, at one place.
+#[async_trait]
+pub trait Source: Send + Sync {
+    /// Where the bytes come from, for logs and errors: `registry.example/team/model`.
+    fn name(&self) -> String;
+
+    /// The manifest or index that `want` names, at most [`MAX_MANIFEST_BYTES`].
+    ///
+    /// When `want` is a digest, the answer's digest is *not* yet checked.
+    async fn manifest(&self, want: &ManifestName) -> Result<RawManifest, SourceError>;
+
+    /// The digest that `want` points at now, without fetching the manifest where
+    /// the source allows that (a HEAD request).
+    async fn resolve(&self, want: &ManifestName) -> Result<Digest, SourceError> {
+        Ok(self.manifest(want).await?.digest())
+    }
+
+    /// Opens `range` (bytes, end exclusive, not empty) of a blob of `size` bytes.
+    ///
+    /// A source that cannot serve ranges answers with the blob from its start:
+    /// look at [`BlobBody::offset`]. The body may end early or late; the caller counts.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future or the body closes the transfer.
+    async fn blob(
+        &self,
+        digest: &Digest,
+        size: u64,
+        range: Range<u64>,
+    ) -> Result<BlobBody, SourceError>;
+}
+
+/// A tag or a digest within one repository.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum ManifestName {
+    /// A tag, resolved by the source at the moment it is asked.
+    Tag(String),
+    /// A fixed manifest.
+    Digest(Digest),
+    /// The one manifest that the place holds; where it holds several, the error lists
+    /// them. Only a layout reference without a tag says this.
+    Only,
+}
+
+/// As it stands behind a repository's name: `:tag`, `@sha256:…`, or nothing.
+impl fmt::Display for ManifestName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tag(tag) => write!(f, ":{tag}"),
+            Self::Digest(digest) => write!(f, "@{digest}"),
+            Self::Only => Ok(()),
+        }
+    }
+}
+
+/// A manifest as it travelled.
+#[derive(Debug, Clone)]
+pub struct RawManifest {
+    /// The media type that the source declared (without parameters); empty when it said nothing.
+    pub media_type: String,
+    /// The exact bytes, which the digest is over.
+    pub bytes: Bytes,
+}
+
+impl RawManifest {
+    /// SHA-256 over the bytes.
+    pub fn digest(&self) -> Digest {
+        Digest::of(&self.bytes)
+    }
+}
+
+/// A blob's bytes on their way.
+pub struct BlobBody {
+    /// Where in the blob the first byte of `stream` stands: the start of the range
+    /// asked for, or 0 where the source does not serve ranges.
+    pub offset: u64,
+    /// Whether the source serves ranges: the stream then ends where the range does,
+    /// else it goes on to the end of the blob.
+    pub ranged: bool,
+    /// Chunks of any size, in order.
+    pub stream: BoxStream<'static, Result<Bytes, SourceError>>,
+}
+
+/// Why a source did not serve. The variants are what a caller does next.
+///
+/// Each message names the object and the place, and what a person can do.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum SourceError {
+    /// The source answers, and the object is not there. Do not retry.
+    #[error("{0}")]
+    NotFound(String),
+    /// The source wants other credentials (401, 403). Do not retry.
+    #[error("{0}")]
+    Denied(String),
+    /// The source asks to come back later (429, or 503 with Retry-After).
+    #[error("{message}")]
+    Throttled {
+        /// What was asked for, and where.
+        message: String,
+        /// How long the source asked to wait, when it said so.
+        retry_after: Option<Duration>,
+    },
+    /// The source could not be reached, broke off, or answered 5xx. Retry.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The source answered something that is no valid answer. Do not retry.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl SourceError {
+    /// Whether the same request may succeed later.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Throttled { .. } | Self::Unavailable(_))
+    }
+}
+
+/// Opens sources. Holds the HTTP client, whose connections and tokens all pulls share.
+#[derive(Clone)]
+pub struct Sources {
+    registry: RegistryClient,
+}
+
+impl Sources {
+    /// Makes the client; connects to nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Invalid`] when no TLS client can be made, for want of root
+    /// certificates for instance.
+    pub fn new(options: RegistryOptions) -> Result<Self, SourceError> {
+        Ok(Self { registry: RegistryClient::new(options)? })
+    }
+
+    /// The source that holds what `reference` names. Nothing is asked yet: whether it
+    /// exists shows at the first request.
+    ///
+    /// `secret` goes before what docker's `config.json` holds for the registry; a layout
+    /// needs neither.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Invalid`] when the reference makes no valid address.
+    pub fn open(
+        &self,
+        reference: &Reference,
+        secret: &PullSecret,
+    ) -> Result<Arc<dyn Source>, SourceError> {
+        Ok(match reference {
+            Reference::Registry(reference) => Arc::new(self.registry.pull_from(reference, secret)?),
+            Reference::Layout(reference) => Arc::new(LayoutSource::new(reference.path())),
+        })
+    }
+
+    /// The client that registries are spoken to with.
+    pub(crate) fn registry(&self) -> &RegistryClient {
+        &self.registry
+    }
+}

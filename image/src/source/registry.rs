@@ -1,0 +1,541 @@
+//! A repository in a registry, over the OCI distribution protocol.
+//!
+//! In comes a repository and credentials; out go manifests and ranges of blobs,
+//! unverified, as [`Source`] says. One [`RegistryClient`] serves all pulls: its
+//! idle connections, tokens and per-registry limits are shared.
+//!
+//! # What always holds
+//!
+//! - **Bounded.** A connect and a pause between bytes have time-outs, manifests
+//!   and error bodies a largest size, each registry a number of blob transfers at a
+//!   time. A blob's body holds its place until it is dropped.
+//! - **No copy.** The chunks of a blob are the HTTP library's own.
+//! - **TLS**, except to the hosts that the configuration names, in redirects too.
+//!   Loopback is no exception: who serves plain HTTP there says so.
+//! - **Secrets stay.** Credentials go to the registry and its token server, never along
+//!   a redirect to another host.
+//! - **No retries.** [`SourceError`] says what can be tried again; the puller does.
+//!
+//! HTTP/1.1 throughout: a transfer has a TCP connection to itself, which is what lets several
+//! run side by side at full speed. Answers to refusals are read in `answer`, challenges met
+//! in `auth`, credentials found in `credentials`; `upload` is the writing side.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, RANGE};
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Url, redirect};
+use tokio::sync::Semaphore;
+
+use crate::digest::Digest;
+use crate::reference::RegistryReference;
+use crate::source::{BlobBody, MAX_MANIFEST_BYTES, ManifestName, RawManifest, Source, SourceError};
+
+mod answer;
+mod auth;
+mod credentials;
+mod upload;
+
+pub use credentials::PullSecret;
+pub(crate) use upload::{Upload, UploadStream};
+
+use answer::{Asked, authority, broken, refused};
+use auth::{Session, Tokens};
+
+/// What is asked for when a manifest is: everything that may turn out to be a model.
+const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
+     application/vnd.oci.image.index.v1+json, \
+     application/vnd.docker.distribution.manifest.v2+json, \
+     application/vnd.docker.distribution.manifest.list.v2+json";
+
+/// Registries redirect blobs to their storage, once as a rule.
+const MAX_REDIRECTS: usize = 5;
+
+/// A challenge is met, a shared token turns out to be refused, another is fetched: three.
+const MAX_TRIES_TO_AUTHENTICATE: usize = 3;
+
+/// Names of registries come from pods: beyond so many, those not in use are forgotten.
+const MAX_LIMITS: usize = 1024;
+
+/// How registries are spoken to.
+#[derive(Debug, Clone)]
+pub struct RegistryOptions {
+    /// Hosts that are spoken to over HTTP instead of HTTPS: `host:port`, or `host` for all of
+    /// its ports.
+    pub plain_http: Vec<String>,
+    /// Docker's `config.json`; where not given, `$DOCKER_CONFIG/config.json` or
+    /// `~/.docker/config.json`, when there is one.
+    pub docker_config: Option<PathBuf>,
+    /// How long connecting may take, TLS included.
+    pub connect_timeout: Duration,
+    /// When no byte comes for this long, the transfer is given up.
+    pub read_timeout: Duration,
+    /// Blob transfers at a time from one registry; at least 1.
+    pub connections_per_registry: usize,
+}
+
+impl Default for RegistryOptions {
+    fn default() -> Self {
+        Self {
+            plain_http: Vec::new(),
+            docker_config: None,
+            connect_timeout: Duration::from_secs(10),
+            read_timeout: Duration::from_secs(60),
+            connections_per_registry: 16,
+        }
+    }
+}
+
+/// The HTTP side of all registry sources. Cheap to clone.
+#[derive(Clone)]
+pub struct RegistryClient {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    options: RegistryOptions,
+    /// Follows redirects; gives up when no byte comes.
+    pulling: Client,
+    /// Follows none and has no time-out of its own: for tokens and uploads, whose bodies
+    /// must not be sent elsewhere, and which may take long to be answered.
+    plain: Client,
+    tokens: Tokens,
+    // Held for a look-up only.
+    limits: Mutex<HashMap<String, Arc<Semaphore>>>,
+}
+
+impl RegistryClient {
+    pub(super) fn new(options: RegistryOptions) -> Result<Self, SourceError> {
+        let fail = |error: reqwest::Error| {
+            SourceError::Invalid(format!("HTTP client: {}", error.without_url()))
+        };
+        let common = || {
+            Client::builder()
+                .user_agent(concat!("carport/", env!("CARGO_PKG_VERSION")))
+                .http1_only()
+                .tcp_nodelay(true)
+                .connect_timeout(options.connect_timeout)
+                .pool_max_idle_per_host(options.connections_per_registry)
+                // The address that a redirect came from may hold a signature.
+                .referer(false)
+        };
+        let plain_http = options.plain_http.clone();
+        let redirects = redirect::Policy::custom(move |attempt| {
+            if attempt.previous().len() > MAX_REDIRECTS {
+                attempt.error("more than 5 in a row")
+            } else if attempt.url().scheme() != "https" && !is_listed(&plain_http, attempt.url()) {
+                let host = authority(attempt.url());
+                attempt.error(format!(
+                    "{host} is not spoken to over TLS; where that is meant, name it in the \
+                     plain_http list"
+                ))
+            } else {
+                attempt.follow()
+            }
+        });
+        let pulling = common().redirect(redirects).read_timeout(options.read_timeout).build();
+        let plain = common().redirect(redirect::Policy::none()).build();
+        Ok(Self {
+            inner: Arc::new(Inner {
+                pulling: pulling.map_err(fail)?,
+                plain: plain.map_err(fail)?,
+                options,
+                tokens: Tokens::default(),
+                limits: Mutex::default(),
+            }),
+        })
+    }
+
+    /// A source of the repository, with the right to pull.
+    pub(super) fn pull_from(
+        &self,
+        reference: &RegistryReference,
+        secret: &PullSecret,
+    ) -> Result<RegistrySource, SourceError> {
+        let repository = Repository::new(self, reference, "pull", secret)?;
+        Ok(RegistrySource { repository: Arc::new(repository) })
+    }
+
+    /// The repository with the right to push.
+    pub(crate) fn push_to(
+        &self,
+        reference: &RegistryReference,
+        secret: &PullSecret,
+    ) -> Result<Upload, SourceError> {
+        Ok(Upload::new(Repository::new(self, reference, "pull,push", secret)?))
+    }
+
+    fn options(&self) -> &RegistryOptions {
+        &self.inner.options
+    }
+
+    fn plain(&self) -> &Client {
+        &self.inner.plain
+    }
+
+    fn tokens(&self) -> &Tokens {
+        &self.inner.tokens
+    }
+
+    fn is_plain_http(&self, url: &Url) -> bool {
+        is_listed(&self.inner.options.plain_http, url)
+    }
+
+    fn limit(&self, host: &str) -> Arc<Semaphore> {
+        let mut limits = self.inner.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        let permits = self.inner.options.connections_per_registry.max(1);
+        if limits.len() >= MAX_LIMITS {
+            limits.retain(|_, limit| Arc::strong_count(limit) > 1);
+        }
+        limits.entry(host.to_owned()).or_insert_with(|| Arc::new(Semaphore::new(permits))).clone()
+    }
+}
+
+fn is_listed(plain_http: &[String], url: &Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let port = url.port_or_known_default().unwrap_or_default();
+    plain_http.iter().any(|listed| match listed.rsplit_once(':') {
+        Some((name, number)) => name.eq_ignore_ascii_case(host) && number.parse() == Ok(port),
+        None => listed.eq_ignore_ascii_case(host),
+    })
+}
+
+/// One repository, and what we may do there.
+struct Repository {
+    client: RegistryClient,
+    session: Session,
+    limit: Arc<Semaphore>,
+    /// As references write them: `docker.io`, `library/busybox`.
+    registry: String,
+    repository: String,
+    /// `https://registry-1.docker.io/v2/library/busybox/`.
+    base: Url,
+    /// The host of `base`, with its port where that is not the scheme's.
+    host: String,
+}
+
+impl Repository {
+    fn new(
+        client: &RegistryClient,
+        reference: &RegistryReference,
+        actions: &str,
+        secret: &PullSecret,
+    ) -> Result<Self, SourceError> {
+        let registry = reference.host();
+        let repository = reference.repository();
+        let host = match registry {
+            // Docker Hub's name is a website's; its API lives here.
+            "docker.io" => "registry-1.docker.io",
+            host => host,
+        };
+        let address = |scheme: &str| {
+            Url::parse(&format!("{scheme}://{host}/v2/{repository}/")).map_err(|error| {
+                SourceError::Invalid(format!("{registry}/{repository}: no valid address: {error}"))
+            })
+        };
+        // Which scheme decides which port is meant by none; so both are asked.
+        let base = match address("http")? {
+            http if client.is_plain_http(&http) => http,
+            _ => address("https")?,
+        };
+        Ok(Self {
+            session: Session::new(registry, repository, actions, secret),
+            limit: client.limit(host),
+            client: client.clone(),
+            registry: registry.to_owned(),
+            repository: repository.to_owned(),
+            host: authority(&base),
+            base,
+        })
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}", self.registry, self.repository)
+    }
+
+    fn asked(&self, object: String) -> Asked {
+        Asked {
+            object,
+            registry: self.registry.clone(),
+            host: self.host.clone(),
+            origin: self.session.origin(),
+        }
+    }
+
+    fn asked_manifest(&self, name: &ManifestName) -> Asked {
+        self.asked(format!("manifest {}{name}", self.name()))
+    }
+
+    fn asked_blob(&self, digest: &Digest) -> Asked {
+        self.asked(format!("blob {digest} of {}", self.name()))
+    }
+
+    /// `path` below the repository; it is made of checked names, digests and fixed words.
+    fn url(&self, path: &str) -> Result<Url, SourceError> {
+        self.base.join(path).map_err(|error| {
+            SourceError::Invalid(format!("{}: no valid address: {error}", self.name()))
+        })
+    }
+
+    fn manifest_url(&self, name: &ManifestName) -> Result<Url, SourceError> {
+        match name {
+            ManifestName::Tag(tag) => self.url(&format!("manifests/{tag}")),
+            ManifestName::Digest(digest) => self.url(&format!("manifests/{digest}")),
+            ManifestName::Only => Err(SourceError::Invalid(format!(
+                "{}: an image in a registry needs a tag or a digest",
+                self.name()
+            ))),
+        }
+    }
+
+    /// Sends what `build` makes, again after each challenge that can be met. The answer's
+    /// status is for the caller to judge.
+    async fn send(
+        &self,
+        asked: &Asked,
+        build: impl Fn() -> RequestBuilder,
+    ) -> Result<Response, SourceError> {
+        let mut tries = 1;
+        loop {
+            let authorization = self.session.authorization(&self.client).await?;
+            let mut request = build();
+            if let Some((header, _)) = &authorization {
+                request = request.header(AUTHORIZATION, header.clone());
+            }
+            let response = request.send().await.map_err(|error| broken(asked, error))?;
+            // A 401 from behind a redirect is not the registry's.
+            if response.status() != StatusCode::UNAUTHORIZED
+                || tries == MAX_TRIES_TO_AUTHENTICATE
+                || authority(response.url()) != self.host
+            {
+                return Ok(response);
+            }
+            tries += 1;
+            let sent = authorization.map(|(_, grant)| grant);
+            self.session.answer(&self.client, asked, response, sent).await?;
+        }
+    }
+
+    /// The refusal as an error, with the credentials that were used by now.
+    async fn refused(&self, asked: Asked, response: Response) -> SourceError {
+        refused(&Asked { origin: self.session.origin(), ..asked }, response).await
+    }
+}
+
+/// A repository to pull from.
+pub struct RegistrySource {
+    repository: Arc<Repository>,
+}
+
+#[async_trait]
+impl Source for RegistrySource {
+    fn name(&self) -> String {
+        self.repository.name()
+    }
+
+    async fn manifest(&self, want: &ManifestName) -> Result<RawManifest, SourceError> {
+        let repository = &self.repository;
+        let asked = repository.asked_manifest(want);
+        let url = repository.manifest_url(want)?;
+        let get =
+            || repository.client.inner.pulling.get(url.clone()).header(ACCEPT, MANIFEST_TYPES);
+        let response = repository.send(&asked, get).await?;
+        if response.status() != StatusCode::OK {
+            return Err(repository.refused(asked, response).await);
+        }
+        let media_type = media_type(response.headers());
+        let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
+        let bytes = read_bounded(&asked, response, limit).await?;
+        Ok(RawManifest { media_type, bytes })
+    }
+
+    async fn resolve(&self, want: &ManifestName) -> Result<Digest, SourceError> {
+        if let ManifestName::Digest(digest) = want {
+            return Ok(*digest);
+        }
+        let repository = &self.repository;
+        let asked = repository.asked_manifest(want);
+        let url = repository.manifest_url(want)?;
+        let head = || {
+            let pulling = &repository.client.inner.pulling;
+            pulling.request(Method::HEAD, url.clone()).header(ACCEPT, MANIFEST_TYPES)
+        };
+        let response = repository.send(&asked, head).await?;
+        let digest = response.headers().get("docker-content-digest");
+        let digest = digest.and_then(|digest| digest.to_str().ok()?.parse().ok());
+        match (response.status(), digest) {
+            (StatusCode::OK, Some(digest)) => Ok(digest),
+            // Not every registry answers a HEAD in full, or at all.
+            (StatusCode::OK | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED, _) => {
+                Ok(self.manifest(want).await?.digest())
+            }
+            _ => Err(repository.refused(asked, response).await),
+        }
+    }
+
+    async fn blob(
+        &self,
+        digest: &Digest,
+        size: u64,
+        range: Range<u64>,
+    ) -> Result<BlobBody, SourceError> {
+        let repository = &self.repository;
+        let asked = repository.asked_blob(digest);
+        if range.is_empty() || range.end > size {
+            return Err(SourceError::Invalid(format!(
+                "{}: no range {}..{} in {size} bytes",
+                asked.object, range.start, range.end
+            )));
+        }
+        let permit = repository.limit.clone().acquire_owned().await.map_err(|_| {
+            SourceError::Unavailable(format!("{}: the client has stopped", asked.object))
+        })?;
+        let url = repository.url(&format!("blobs/{digest}"))?;
+        let get = || {
+            let request = repository.client.inner.pulling.get(url.clone());
+            if range == (0..size) {
+                request
+            } else {
+                request.header(RANGE, format!("bytes={}-{}", range.start, range.end - 1))
+            }
+        };
+        let response = repository.send(&asked, get).await?;
+        let invalid = |why: String| Err(SourceError::Invalid(format!("{}: {why}", asked.object)));
+        let offset = match response.status() {
+            StatusCode::OK => match response.content_length() {
+                Some(length) if length != size => {
+                    return invalid(format!(
+                        "{} has {length} bytes of it, the manifest says {size}",
+                        authority(response.url())
+                    ));
+                }
+                _ => 0,
+            },
+            StatusCode::PARTIAL_CONTENT => match content_range(response.headers()) {
+                Some((start, total))
+                    if start == range.start && total.is_none_or(|total| total == size) =>
+                {
+                    start
+                }
+                _ => {
+                    return invalid(format!(
+                        "{} answered another range than {}-{} of {size} bytes",
+                        authority(response.url()),
+                        range.start,
+                        range.end - 1
+                    ));
+                }
+            },
+            _ => return Err(repository.refused(asked, response).await),
+        };
+        let ranged = response.status() == StatusCode::PARTIAL_CONTENT;
+        let stream = response.bytes_stream().map(move |chunk| {
+            // The place in the limit is given back when the stream is dropped.
+            let _held = &permit;
+            chunk.map_err(|error| broken(&asked, error))
+        });
+        Ok(BlobBody { offset, ranged, stream: stream.boxed() })
+    }
+}
+
+/// The media type without parameters; empty when there is none.
+fn media_type(headers: &HeaderMap) -> String {
+    let text = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+/// Start and, where it says so, total of `Content-Range: bytes start-end/total`.
+fn content_range(headers: &HeaderMap) -> Option<(u64, Option<u64>)> {
+    let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    let (range, total) = text.trim().strip_prefix("bytes")?.trim().split_once('/')?;
+    let start = range.split_once('-')?.0.parse().ok()?;
+    let total = match total {
+        "*" => None,
+        total => Some(total.parse().ok()?),
+    };
+    Some((start, total))
+}
+
+/// The whole body, or an error when it is larger than `limit` bytes, whatever
+/// its Content-Length says.
+async fn read_bounded(
+    asked: &Asked,
+    mut response: Response,
+    limit: usize,
+) -> Result<Bytes, SourceError> {
+    let too_large = || {
+        SourceError::Invalid(format!(
+            "{}: larger than {limit} bytes, which is refused",
+            asked.object
+        ))
+    };
+    if response.content_length().is_some_and(|length| length > limit as u64) {
+        return Err(too_large());
+    }
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|error| broken(asked, error))? {
+        if body.len() + chunk.len() > limit {
+            return Err(too_large());
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_content_range_is_read_strictly() {
+        let read = |text: &str| {
+            content_range(&HeaderMap::from_iter([(CONTENT_RANGE, text.parse().unwrap())]))
+        };
+        assert_eq!(read("bytes 5-9/10"), Some((5, Some(10))));
+        assert_eq!(read("bytes 5-9/*"), Some((5, None)));
+        assert_eq!(read("bytes */10"), None);
+        assert_eq!(read("items 5-9/10"), None);
+        assert_eq!(read("bytes -5/10"), None);
+        assert_eq!(content_range(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn a_media_type_has_no_parameters() {
+        let read =
+            |text: &str| media_type(&HeaderMap::from_iter([(CONTENT_TYPE, text.parse().unwrap())]));
+        assert_eq!(read("Application/JSON; charset=utf-8"), "application/json");
+        assert_eq!(media_type(&HeaderMap::new()), "");
+    }
+
+    #[test]
+    fn plain_http_is_for_the_listed_hosts_alone() {
+        let listed = ["a.example".to_owned(), "b.example:5000".to_owned()];
+        let is = |url: &str| is_listed(&listed, &Url::parse(url).unwrap());
+        assert!(
+            is("http://a.example/") && is("http://A.example:99/") && is("http://b.example:5000/")
+        );
+        assert!(!is("http://b.example/") && !is("http://localhost/") && !is("http://127.0.0.1/"));
+    }
+
+    #[test]
+    fn docker_hub_is_asked_at_its_api() {
+        let client = RegistryClient::new(RegistryOptions::default()).unwrap();
+        let base = |text: &str| {
+            let crate::reference::Reference::Registry(reference) = text.parse().unwrap() else {
+                panic!("{text}")
+            };
+            Repository::new(&client, &reference, "pull", &PullSecret::none())
+                .unwrap()
+                .base
+                .to_string()
+        };
+        assert_eq!(base("busybox"), "https://registry-1.docker.io/v2/library/busybox/");
+        assert_eq!(base("127.0.0.1:5000/a/b"), "https://127.0.0.1:5000/v2/a/b/");
+    }
+}

@@ -1,0 +1,46 @@
+//! Generates the code for the .proto files, into `OUT_DIR` only.
+
+use std::io::{self, ErrorKind};
+use std::path::PathBuf;
+use std::process::Command;
+
+const CARPORT: [&str; 4] = [
+    "proto/carport/v1/common.proto",
+    "proto/carport/v1/gpu.proto",
+    "proto/carport/v1/locality.proto",
+    "proto/carport/v1/cache.proto",
+];
+
+const KUBELET: [&str; 2] = ["proto/csi/v1/csi.proto", "proto/pluginregistration/v1/api.proto"];
+
+/// Messages whose derived `Debug` would print secrets, pod tokens or mount
+/// options; `src/redact.rs` writes theirs by hand.
+const SECRET: [&str; 2] =
+    [".csi.v1.NodePublishVolumeRequest", ".csi.v1.VolumeCapability.MountVolume"];
+
+fn main() -> io::Result<()> {
+    require_protoc()?;
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
+    tonic_prost_build::configure()
+        // What reflection tells about; the kubelet's services are not reflected.
+        .file_descriptor_set_path(out.join("carport.v1.bin"))
+        .compile_protos(&CARPORT, &["proto"])?;
+    tonic_prost_build::configure().skip_debug(SECRET).compile_protos(&KUBELET, &["proto"])
+}
+
+/// Says what to install instead of leaving it to an error from deep within.
+fn require_protoc() -> io::Result<()> {
+    println!("cargo:rerun-if-env-changed=PROTOC");
+    let protoc = std::env::var_os("PROTOC").unwrap_or_else(|| "protoc".into());
+    match Command::new(&protoc).arg("--version").output() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(io::Error::new(
+            ErrorKind::NotFound,
+            format!(
+                "run {}: {error}; install the protocol buffer compiler (Debian, Ubuntu: \
+                 apt-get install protobuf-compiler) or point PROTOC at it",
+                protoc.display(),
+            ),
+        )),
+    }
+}

@@ -1,0 +1,41 @@
+//! The wire: generated types and services, and a client's way to the agent.
+//!
+//! - [`carport::v1`]: the agent's own API, with [`FILE_DESCRIPTOR_SET`] for reflection;
+//! - [`csi::v1`], [`pluginregistration::v1`]: what the kubelet calls, as much of it as is served;
+//! - [`client`]: a channel to an agent's unix socket.
+//!
+//! Generated types stop at the adapters that use this crate: nothing below
+//! them sees a gRPC message. Messages that carry secrets print without them.
+
+pub mod client;
+mod redact;
+
+/// The agent's API.
+pub mod carport {
+    /// Version 1: `LocalityService`, `CacheService`, `GpuService`.
+    pub mod v1 {
+        #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+        tonic::include_proto!("carport.v1");
+    }
+}
+
+/// The Container Storage Interface, as far as a node-only plugin serves it.
+pub mod csi {
+    /// Version 1: `Identity` and `Node`.
+    pub mod v1 {
+        #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+        tonic::include_proto!("csi.v1");
+    }
+}
+
+/// How a plugin registers with the kubelet.
+pub mod pluginregistration {
+    /// Version 1: `Registration`. The package's name on the wire has no version.
+    pub mod v1 {
+        #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+        tonic::include_proto!("pluginregistration");
+    }
+}
+
+/// The encoded descriptors of [`carport::v1`], for gRPC reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("carport.v1");
