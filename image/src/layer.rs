@@ -124,9 +124,13 @@ impl Resumed {
         })
     }
 
-    fn pick_up(ingest: &Ingest, checkpoint: Checkpoint<Progress>) -> io::Result<(Sha256, Unpacker, u64)> {
+    fn pick_up(
+        ingest: &Ingest,
+        checkpoint: Checkpoint<Progress>,
+    ) -> io::Result<(Sha256, Unpacker, u64)> {
         let state = hex::decode(&checkpoint.sha256).map_err(io::Error::other)?;
-        let state = SerializedState::<Sha256>::try_from(state.as_slice()).map_err(io::Error::other)?;
+        let state =
+            SerializedState::<Sha256>::try_from(state.as_slice()).map_err(io::Error::other)?;
         let hash = Sha256::deserialize(&state).map_err(io::Error::other)?;
         let unpacker = Unpacker::resume(checkpoint.progress, ingest)?;
         if unpacker.offset() != checkpoint.offset {
@@ -156,9 +160,9 @@ impl Resumed {
                 scope.spawn(move || Unpacking::new(ingest, layer, unpacker)?.run(&receiver));
             let hashed = hash_blob(&mut blob_hash, offset, layer, &mut next, &sender);
             drop(sender);
-            let unpacked = unpacking
-                .join()
-                .unwrap_or_else(|_| Err(LayerError::Refused("the unpacking thread died".to_owned())));
+            let unpacked = unpacking.join().unwrap_or_else(|_| {
+                Err(LayerError::Refused("the unpacking thread died".to_owned()))
+            });
             // Of two errors the deeper one tells why: when unpacking ends, hashing only finds a
             // closed queue. But bytes that do not match explain whatever unpacking made of them.
             match (hashed, unpacked) {
@@ -190,8 +194,12 @@ impl Resumed {
                  broken, build and push it again"
             )));
         }
-        let record =
-            LayerRecord { digest: layer.blob.digest, size_bytes: size, diff_id, entries: unpacked.entries };
+        let record = LayerRecord {
+            digest: layer.blob.digest,
+            size_bytes: size,
+            diff_id,
+            entries: unpacked.entries,
+        };
         ingest.commit(record, unpacked.staged)?;
         Ok(Done { written_bytes: unpacked.written_bytes })
     }
@@ -232,7 +240,9 @@ fn hash_blob<C>(
         hash.update(&chunk.bytes);
         offset += chunk.bytes.len() as u64;
         if offset > size {
-            return Err(LayerError::Mismatch(format!("is longer than the {size} bytes it should have")));
+            return Err(LayerError::Mismatch(format!(
+                "is longer than the {size} bytes it should have"
+            )));
         }
         send(Step::Chunk(chunk), size - offset)?;
         if resumable && offset - marked >= CHECKPOINT_BYTES {
@@ -242,7 +252,9 @@ fn hash_blob<C>(
     }
     let found = Digest::from_sha256(hash.clone().finalize().into());
     if found != layer.blob.digest {
-        return Err(LayerError::Mismatch(format!("its {size} bytes hash to {found}: the source altered them")));
+        return Err(LayerError::Mismatch(format!(
+            "its {size} bytes hash to {found}: the source altered them"
+        )));
     }
     send(Step::Verified, 0)
 }
@@ -256,7 +268,7 @@ struct Unpacking<'a> {
 /// Decompression, pushed from the front.
 enum Decoder<'a> {
     None(Body<'a>),
-    Gzip(flate2::write::MultiGzDecoder<Body<'a>>),
+    Gzip(Box<flate2::write::MultiGzDecoder<Body<'a>>>),
     Zstd(zstd::stream::write::Decoder<'static, Body<'a>>),
 }
 
@@ -297,7 +309,7 @@ impl<'a> Unpacking<'a> {
         let body = Body { ingest, unpacker, hash: compressed.then(Sha256::new), error: None };
         let decoder = match layer.compression {
             Compression::None => Decoder::None(body),
-            Compression::Gzip => Decoder::Gzip(flate2::write::MultiGzDecoder::new(body)),
+            Compression::Gzip => Decoder::Gzip(Box::new(flate2::write::MultiGzDecoder::new(body))),
             Compression::Zstd => {
                 let decoder = zstd::stream::write::Decoder::new(body)
                     .map_err(|e| LayerError::Refused(format!("zstd: {e}")))?;
@@ -343,7 +355,9 @@ impl<'a> Unpacking<'a> {
         let ingest = self.ingest;
         let body = match self.decoder {
             Decoder::None(body) => body,
-            Decoder::Gzip(decoder) => decoder.finish().map_err(|e| LayerError::Refused(format!("gzip: {e}")))?,
+            Decoder::Gzip(decoder) => {
+                decoder.finish().map_err(|e| LayerError::Refused(format!("gzip: {e}")))?
+            }
             Decoder::Zstd(decoder) => decoder.into_inner(),
         };
         let diff_id = body.hash.map(|hash| Digest::from_sha256(hash.finalize().into()));

@@ -10,8 +10,8 @@
 //! Nothing here knows Kubernetes, a gRPC server or a GPU; volumes are made of
 //! trees in `carport-csi`, and `carport-agent` decides what to pull and when.
 
-pub mod digest;
 mod crash;
+pub mod digest;
 mod layer;
 pub mod manifest;
 pub mod pack;

@@ -169,15 +169,17 @@ impl Manifest {
             serde_json::from_slice(&raw.bytes).map_err(|e| refuse(format!("not JSON: {e}")))?;
         let media_type = kind.media_type.unwrap_or_else(|| raw.media_type.clone());
         if media_type.starts_with(DOCKER_SCHEMA_1) {
-            return Err(refuse("Docker schema 1 is not supported: push the image again with a current tool".into()));
+            return Err(refuse(
+                "Docker schema 1 is not supported: push the image again with a current tool".into(),
+            ));
         }
         let is_index = media_type == OCI_INDEX || media_type == DOCKER_MANIFEST_LIST;
         match (kind.manifests.is_some(), kind.layers.is_some()) {
             // A document that can be read as both is how one digest is made to mean two images.
             (true, true) => Err(refuse("has both layers and manifests".into())),
             (true, false) => {
-                let index: oci::ImageIndex =
-                    serde_json::from_slice(&raw.bytes).map_err(|e| refuse(format!("index: {e}")))?;
+                let index: oci::ImageIndex = serde_json::from_slice(&raw.bytes)
+                    .map_err(|e| refuse(format!("index: {e}")))?;
                 Ok(Self::Index(Index::new(digest, &index)?))
             }
             (false, true) if is_index => Err(refuse(format!("{media_type} without manifests"))),
@@ -186,7 +188,9 @@ impl Manifest {
                     serde_json::from_slice(&raw.bytes).map_err(|e| refuse(e.to_string()))?;
                 Ok(Self::Image(ImageManifest::new(digest, &manifest)?))
             }
-            (false, false) => Err(refuse(format!("neither layers nor manifests (media type {media_type:?})"))),
+            (false, false) => {
+                Err(refuse(format!("neither layers nor manifests (media type {media_type:?})")))
+            }
         }
     }
 }
@@ -241,14 +245,18 @@ impl ImageManifest {
             OCI_CONFIG => Packaging::OciImage,
             DOCKER_CONFIG => Packaging::DockerImage,
             _ => {
-                let what = manifest.artifact_type().as_ref().map_or(config_type, ToString::to_string);
+                let what =
+                    manifest.artifact_type().as_ref().map_or(config_type, ToString::to_string);
                 return Err(refuse(format!(
                     "artifact of type {what} is not supported: expected an OCI or Docker image"
                 )));
             }
         };
         if manifest.layers().len() > MAX_LAYERS {
-            return Err(refuse(format!("{} layers, at most {MAX_LAYERS} are read", manifest.layers().len())));
+            return Err(refuse(format!(
+                "{} layers, at most {MAX_LAYERS} are read",
+                manifest.layers().len()
+            )));
         }
         let config = blob(digest, manifest.config())?;
         if config.size > MAX_CONFIG_BYTES {
@@ -263,7 +271,10 @@ impl ImageManifest {
             .map(|layer| {
                 let media_type = layer.media_type().to_string();
                 let compression = compression(&media_type).ok_or_else(|| {
-                    refuse(format!("layer {}: media type {media_type} is not supported", layer.digest()))
+                    refuse(format!(
+                        "layer {}: media type {media_type} is not supported",
+                        layer.digest()
+                    ))
                 })?;
                 Ok(Layer { blob: blob(digest, layer)?, compression })
             })
@@ -314,18 +325,19 @@ pub fn diff_ids(manifest: &ImageManifest, config: &[u8]) -> Result<Vec<Digest>, 
 }
 
 fn blob(manifest: Digest, descriptor: &oci::Descriptor) -> Result<Blob, ManifestError> {
-    let digest = descriptor
-        .digest()
-        .to_string()
-        .parse()
-        .map_err(|e: crate::digest::InvalidDigest| ManifestError { digest: manifest, why: e.to_string() })?;
+    let digest =
+        descriptor.digest().to_string().parse().map_err(|e: crate::digest::InvalidDigest| {
+            ManifestError { digest: manifest, why: e.to_string() }
+        })?;
     Ok(Blob { digest, size: descriptor.size() })
 }
 
 fn compression(media_type: &str) -> Option<Compression> {
     let (kind, suffix) = match media_type {
         "application/vnd.docker.image.rootfs.diff.tar.gzip"
-        | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip" => return Some(Compression::Gzip),
+        | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip" => {
+            return Some(Compression::Gzip);
+        }
         "application/vnd.docker.image.rootfs.diff.tar.zstd" => return Some(Compression::Zstd),
         _ => media_type.split_once('+').unwrap_or((media_type, "")),
     };
@@ -401,9 +413,17 @@ mod tests {
     fn what_is_not_an_image_is_refused_by_its_media_type() {
         let why = |value: &Value| parse(value).unwrap_err().to_string();
         let unknown = image("application/vnd.example.thing.v1+json", &[]);
-        assert!(why(&unknown).contains("application/vnd.example.thing.v1+json"), "{}", why(&unknown));
+        assert!(
+            why(&unknown).contains("application/vnd.example.thing.v1+json"),
+            "{}",
+            why(&unknown)
+        );
         let layer = image(OCI_CONFIG, &["application/x-rar"]);
-        assert!(why(&layer).ends_with("media type application/x-rar is not supported"), "{}", why(&layer));
+        assert!(
+            why(&layer).ends_with("media type application/x-rar is not supported"),
+            "{}",
+            why(&layer)
+        );
         let mut both = image(OCI_CONFIG, &[]);
         both["manifests"] = json!([]);
         assert!(why(&both).ends_with("has both layers and manifests"));
@@ -428,16 +448,25 @@ mod tests {
         let platform = |arch: &str| Platform { os: "linux".into(), architecture: arch.into() };
         assert_eq!(index.choose(&platform("amd64")).unwrap().to_string(), digest(2));
         let why = index.choose(&platform("riscv64")).unwrap_err().to_string();
-        assert!(why.ends_with("no image for linux/riscv64; there is: linux/arm64, linux/amd64"), "{why}");
+        assert!(
+            why.ends_with("no image for linux/riscv64; there is: linux/arm64, linux/amd64"),
+            "{why}"
+        );
     }
 
     #[test]
     fn a_config_must_name_a_diff_id_for_each_layer() {
         let value = image(OCI_CONFIG, &["application/vnd.oci.image.layer.v1.tar"]);
         let Manifest::Image(image) = parse(&value).unwrap() else { panic!("not an image") };
-        let config = |ids: &[String]| serde_json::to_vec(&json!({"rootfs": {"diff_ids": ids}})).unwrap();
+        let config =
+            |ids: &[String]| serde_json::to_vec(&json!({"rootfs": {"diff_ids": ids}})).unwrap();
         assert_eq!(diff_ids(&image, &config(&[digest(9)])).unwrap(), [digest(9).parse().unwrap()]);
-        assert!(diff_ids(&image, &config(&[])).unwrap_err().to_string().contains("1 layers, but its config names 0"));
+        assert!(
+            diff_ids(&image, &config(&[]))
+                .unwrap_err()
+                .to_string()
+                .contains("1 layers, but its config names 0")
+        );
         assert!(diff_ids(&image, b"{}").is_err());
     }
 }

@@ -26,8 +26,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::digest::Digest;
-pub use crate::manifest::Platform;
 use crate::manifest::ManifestError;
+pub use crate::manifest::Platform;
 use crate::reference::Reference;
 use crate::source::{PullSecret, SourceError, Sources};
 use crate::store::{Store, StoreError, StoredImage};

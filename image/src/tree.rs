@@ -129,11 +129,17 @@ impl Tree {
                 LayerEntry::Hardlink { path, target } => {
                     let node = match self.get(target) {
                         Some(Node::Directory(_)) => {
-                            return Err(error(path, format!("hard link to the directory {target:?}")));
+                            return Err(error(
+                                path,
+                                format!("hard link to the directory {target:?}"),
+                            ));
                         }
                         Some(node) => node.clone(),
                         None => {
-                            return Err(error(path, format!("hard link to {target:?}, which is not there")));
+                            return Err(error(
+                                path,
+                                format!("hard link to {target:?}, which is not there"),
+                            ));
                         }
                     };
                     self.put(path, node)?;
@@ -227,7 +233,11 @@ fn split(path: &str) -> (impl Iterator<Item = &str>, &str) {
     (parents.split('/').filter(|name| !name.is_empty()), name)
 }
 
-fn collect(directory: &BTreeMap<String, Node>, prefix: &str, files: &mut Vec<(String, u64, ObjectId)>) {
+fn collect(
+    directory: &BTreeMap<String, Node>,
+    prefix: &str,
+    files: &mut Vec<(String, u64, ObjectId)>,
+) {
     for (name, node) in directory {
         let path = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
         match node {

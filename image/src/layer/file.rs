@@ -198,7 +198,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         let mut buffer = Buffer::new();
-        for size in [1, 4095, 1 << 20, (1 << 20) + 1, BUFFER_BYTES, BUFFER_BYTES + 513, 2 * BUFFER_BYTES] {
+        for size in
+            [1, 4095, 1 << 20, (1 << 20) + 1, BUFFER_BYTES, BUFFER_BYTES + 513, 2 * BUFFER_BYTES]
+        {
             let content = content(size);
             let mut writer = FileWriter::create(&path, size as u64, size % 2 == 1).unwrap();
             for chunk in content.chunks(300_007) {
@@ -228,7 +230,8 @@ mod tests {
             drop(writer);
 
             let mut buffer = Buffer::new();
-            let mut writer = FileWriter::resume(&path, size, false, stop as u64, &mut buffer).unwrap();
+            let mut writer =
+                FileWriter::resume(&path, size, false, stop as u64, &mut buffer).unwrap();
             writer.write(&content[stop..], &mut buffer).unwrap();
             let id = writer.finish(&mut buffer, true).unwrap();
             assert_eq!(id, ObjectId::new(blake3::hash(&content), false), "stopped at {stop}");

@@ -44,11 +44,18 @@ pub(crate) struct Member {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum MemberKind {
     Directory,
-    File { size: u64, executable: bool },
+    File {
+        size: u64,
+        executable: bool,
+    },
     /// The target is kept as it is: the reader of the volume resolves it, never the host.
-    Symlink { target: String },
+    Symlink {
+        target: String,
+    },
     /// The target is a path like a member's own.
-    Hardlink { target: String },
+    Hardlink {
+        target: String,
+    },
 }
 
 /// What the bytes up to here mean.
@@ -80,12 +87,25 @@ pub(crate) struct Parser {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum State {
-    Header { have: Vec<u8> },
-    Extension { kind: Extension, have: Vec<u8>, left: u64 },
-    Data { left: u64, padding: u64 },
+    Header {
+        have: Vec<u8>,
+    },
+    Extension {
+        kind: Extension,
+        have: Vec<u8>,
+        left: u64,
+    },
+    Data {
+        left: u64,
+        padding: u64,
+    },
     /// A file's content is complete, which has not been said yet.
-    EndOfData { padding: u64 },
-    Padding { left: u64 },
+    EndOfData {
+        padding: u64,
+    },
+    Padding {
+        left: u64,
+    },
     /// Behind the end marker anything may follow, and means nothing.
     Done,
 }
@@ -202,7 +222,11 @@ impl Parser {
             return Ok(None);
         }
         let header = tar::Header::from_byte_slice(block);
-        let sum: u32 = block.iter().enumerate().map(|(at, b)| if (148..156).contains(&at) { 32 } else { u32::from(*b) }).sum();
+        let sum: u32 = block
+            .iter()
+            .enumerate()
+            .map(|(at, b)| if (148..156).contains(&at) { 32 } else { u32::from(*b) })
+            .sum();
         if header.cksum().ok() != Some(sum) {
             return Err(self.broken("header checksum does not match: not a tar, or damaged"));
         }
@@ -228,7 +252,9 @@ impl Parser {
             let link = raw_link.as_deref().unwrap_or_default();
             match std::str::from_utf8(link) {
                 _ if link.is_empty() => Err(refuse(format!("{what} without a target"))),
-                Ok(text) if link.len() < MAX_PATH_BYTES && !link.contains(&0) => Ok(text.to_owned()),
+                Ok(text) if link.len() < MAX_PATH_BYTES && !link.contains(&0) => {
+                    Ok(text.to_owned())
+                }
                 _ => Err(refuse(format!("{what} target is not UTF-8 or too long"))),
             }
         };
@@ -251,9 +277,15 @@ impl Parser {
             tar::EntryType::Char | tar::EntryType::Block => {
                 return Err(refuse("device nodes are not allowed in a model image".into()));
             }
-            tar::EntryType::Fifo => return Err(refuse("pipes are not allowed in a model image".into())),
-            tar::EntryType::GNUSparse => return Err(refuse("sparse files are not supported".into())),
-            other => return Err(refuse(format!("unknown entry type {:?}", other.as_byte() as char))),
+            tar::EntryType::Fifo => {
+                return Err(refuse("pipes are not allowed in a model image".into()));
+            }
+            tar::EntryType::GNUSparse => {
+                return Err(refuse("sparse files are not supported".into()));
+            }
+            other => {
+                return Err(refuse(format!("unknown entry type {:?}", other.as_byte() as char)));
+            }
         };
         if path.is_empty() && kind != MemberKind::Directory {
             return Err(refuse("a link in place of the root".into()));
@@ -291,7 +323,9 @@ impl Parser {
                         b"linkpath" => self.link = Some(record.value_bytes().to_vec()),
                         b"size" => {
                             let size = record.value().ok().and_then(|v| v.parse().ok());
-                            self.size = Some(size.ok_or_else(|| self.broken("malformed size in pax record"))?);
+                            self.size = Some(
+                                size.ok_or_else(|| self.broken("malformed size in pax record"))?,
+                            );
                         }
                         key if key.starts_with(b"GNU.sparse.") => {
                             return Err(self.broken("sparse files are not supported"));

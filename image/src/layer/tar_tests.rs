@@ -15,7 +15,9 @@ fn read(tar: &[u8], chunk: usize) -> Result<Vec<(Member, Vec<u8>)>, TarError> {
                 Event::Data(bytes) => out.last_mut().unwrap().1.extend_from_slice(bytes),
                 Event::End => {
                     let (member, content) = out.last().unwrap();
-                    let MemberKind::File { size, .. } = member.kind else { panic!("end of no file") };
+                    let MemberKind::File { size, .. } = member.kind else {
+                        panic!("end of no file")
+                    };
                     assert_eq!(content.len() as u64, size);
                 }
             }
@@ -61,7 +63,8 @@ fn refusal(tar: &[u8]) -> String {
 fn members_come_out_whatever_the_chunks_are() {
     let long = "long/".repeat(40) + "name.safetensors";
     let mut tar = builder();
-    tar.append_data(&mut header(tar::EntryType::Directory, 0), "models/", std::io::empty()).unwrap();
+    tar.append_data(&mut header(tar::EntryType::Directory, 0), "models/", std::io::empty())
+        .unwrap();
     let mut exec = header(tar::EntryType::Regular, 3);
     exec.set_mode(0o755);
     tar.append_data(&mut exec, "./models/run", &b"run"[..]).unwrap();
@@ -90,7 +93,8 @@ fn members_come_out_whatever_the_chunks_are() {
 fn pax_records_name_and_size_the_next_member_only() {
     let mut tar = builder();
     let name = format!("pax/{}", "n".repeat(200));
-    tar.append_pax_extensions([("path", name.as_bytes()), ("size", b"5"), ("mtime", b"1.5")]).unwrap();
+    tar.append_pax_extensions([("path", name.as_bytes()), ("size", b"5"), ("mtime", b"1.5")])
+        .unwrap();
     let mut short = header(tar::EntryType::Regular, 0);
     short.as_old_mut().name[..1].copy_from_slice(b"x");
     short.set_cksum();
@@ -109,13 +113,21 @@ fn pax_records_name_and_size_the_next_member_only() {
 #[test]
 fn names_that_leave_the_root_are_refused() {
     use tar::EntryType::{Link, Regular};
-    assert_eq!(refusal(&hostile(b"../evil", Regular, b"")), r#"entry "../evil": climbs out with "..""#);
-    assert_eq!(refusal(&hostile(b"a/../../evil", Regular, b"")), r#"entry "a/../../evil": climbs out with "..""#);
+    assert_eq!(
+        refusal(&hostile(b"../evil", Regular, b"")),
+        r#"entry "../evil": climbs out with "..""#
+    );
+    assert_eq!(
+        refusal(&hostile(b"a/../../evil", Regular, b"")),
+        r#"entry "a/../../evil": climbs out with "..""#
+    );
     assert!(refusal(&hostile(b"/etc/passwd", Regular, b"")).contains("absolute names"));
     assert!(refusal(&hostile(b"a", Link, b"/etc/shadow")).contains("absolute names"));
     assert!(refusal(&hostile(b"a", Link, b"../../etc/shadow")).contains("climbs out"));
     assert!(refusal(&hostile(b"\xff\xfe", Regular, b"")).contains("not UTF-8"));
-    assert!(refusal(&hostile(b"./", tar::EntryType::Symlink, b"/etc")).contains("in place of the root"));
+    assert!(
+        refusal(&hostile(b"./", tar::EntryType::Symlink, b"/etc")).contains("in place of the root")
+    );
 }
 
 #[test]
@@ -125,7 +137,9 @@ fn what_is_no_model_content_is_refused_by_kind() {
     assert!(refusal(&hostile(b"dev", EntryType::Block, b"")).contains("device nodes"));
     assert!(refusal(&hostile(b"fifo", EntryType::Fifo, b"")).contains("pipes"));
     assert!(refusal(&hostile(b"sparse", EntryType::GNUSparse, b"")).contains("sparse"));
-    assert!(refusal(&hostile(b"odd", EntryType::new(b'Q'), b"")).contains("unknown entry type 'Q'"));
+    assert!(
+        refusal(&hostile(b"odd", EntryType::new(b'Q'), b"")).contains("unknown entry type 'Q'")
+    );
 }
 
 #[test]

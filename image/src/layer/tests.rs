@@ -192,7 +192,8 @@ fn a_stopped_layer_goes_on_where_it_was() {
 
 #[test]
 fn a_checkpoint_that_the_disk_contradicts_starts_the_layer_again() {
-    let tar = tar(&[Entry::File("a", &noise(20, 2_000_000)), Entry::File("b", &noise(21, 2_000_000))]);
+    let tar =
+        tar(&[Entry::File("a", &noise(20, 2_000_000)), Entry::File("b", &noise(21, 2_000_000))]);
     let layer = layer_of(&tar, Compression::None);
     let (_dir, store) = store();
     let _ = unpack(&store, &tar, layer, Digest::of(&tar), Some(3_000_000));
@@ -216,4 +217,3 @@ fn a_compressed_layer_that_was_stopped_starts_again_and_leaves_nothing_meanwhile
         assert_eq!(from, 0);
     }
 }
-

@@ -157,7 +157,8 @@ impl Unpacker {
             if hidden.is_empty() || hidden == "." || hidden == ".." {
                 return Err(LayerError::Refused(format!("entry {path:?}: a whiteout of nothing")));
             }
-            let path = if folder.is_empty() { hidden.to_owned() } else { format!("{folder}/{hidden}") };
+            let path =
+                if folder.is_empty() { hidden.to_owned() } else { format!("{folder}/{hidden}") };
             LayerEntry::Whiteout { path }
         } else {
             match kind {

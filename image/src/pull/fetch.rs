@@ -87,8 +87,14 @@ impl Fetcher {
         // The first answer tells whether ranges are served at all.
         let first_end = start.saturating_add(RANGE_BYTES).min(blob.size);
         let credit = self.credit(first_end - start).await?;
-        let mut first =
-            RangeReader { source, blob, range: start..first_end, meter, attempts: self.attempts, body: None };
+        let mut first = RangeReader {
+            source,
+            blob,
+            range: start..first_end,
+            meter,
+            attempts: self.attempts,
+            body: None,
+        };
         first.open().await?;
         if first.is_whole_blob() {
             first.range.end = blob.size;
@@ -158,7 +164,9 @@ impl Fetcher {
     async fn credit(&self, bytes: u64) -> Result<Credit, PullError> {
         let window = Arc::clone(&self.window);
         let permit = window.acquire_many_owned(self.amount(bytes)).await;
-        permit.map(Arc::new).map_err(|_| PullError::Cancelled("the puller has been shut down".to_owned()))
+        permit
+            .map(Arc::new)
+            .map_err(|_| PullError::Cancelled("the puller has been shut down".to_owned()))
     }
 
     fn try_credit(&self, bytes: u64) -> Option<Credit> {

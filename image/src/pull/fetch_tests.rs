@@ -53,8 +53,7 @@ impl Source for Blobs {
 
     async fn blob(&self, _: &Digest, _: u64, range: Range<u64>) -> Result<BlobBody, SourceError> {
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let refusal =
-            self.refusals.lock().unwrap().get_mut(&range.start).and_then(|waiting| waiting.pop());
+        let refusal = self.refusals.lock().unwrap().get_mut(&range.start).and_then(Vec::pop);
         if let Some(error) = refusal {
             return Err(error);
         }
@@ -74,12 +73,17 @@ impl Source for Blobs {
     }
 }
 
-async fn fetch_with(fetcher: Fetcher, blobs: &Arc<Blobs>, start: u64) -> Result<(Vec<u8>, u64), PullError> {
+async fn fetch_with(
+    fetcher: Fetcher,
+    blobs: &Arc<Blobs>,
+    start: u64,
+) -> Result<(Vec<u8>, u64), PullError> {
     let (sender, mut chunks) = mpsc::channel(4);
     let meter = Arc::new(Meter::new(Instant::now()));
     let source: Arc<dyn Source> = Arc::clone(blobs) as _;
     let (blob, counted) = (blobs.blob(), Arc::clone(&meter));
-    let fetching = tokio::spawn(async move { fetcher.fetch(source, blob, start, counted, sender).await });
+    let fetching =
+        tokio::spawn(async move { fetcher.fetch(source, blob, start, counted, sender).await });
     let mut got = Vec::new();
     while let Some(chunk) = chunks.recv().await {
         got.extend_from_slice(&chunk.bytes);
@@ -125,7 +129,11 @@ async fn a_range_that_breaks_off_goes_on_from_its_last_byte() {
         let blobs = Arc::new(blobs);
         if ranges {
             assert!(fetch(&blobs, 0).await.unwrap() == blobs.content);
-            assert_eq!(blobs.sent.load(Ordering::Relaxed), blobs.content.len() as u64, "nothing twice");
+            assert_eq!(
+                blobs.sent.load(Ordering::Relaxed),
+                blobs.content.len() as u64,
+                "nothing twice"
+            );
         } else {
             // Without ranges each try begins at 0 and breaks at the same place: an error, not a loop.
             let error = fetch(&blobs, 0).await.unwrap_err();

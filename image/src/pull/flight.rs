@@ -172,26 +172,34 @@ mod tests {
         let (go, gate) = oneshot::channel::<()>();
         let runs = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&runs);
-        let first = flights.join(&1, |_| ((), async move {
-            counted.fetch_add(1, Ordering::Relaxed);
-            let _ = gate.await;
-            7
-        }));
+        let first = flights.join(&1, |_| {
+            ((), async move {
+                counted.fetch_add(1, Ordering::Relaxed);
+                let _ = gate.await;
+                7
+            })
+        });
         let second = flights.join(&1, |_| ((), async { panic!("a second flight") }));
         go.send(()).unwrap();
         assert_eq!((first.wait().await, second.wait().await), (Some(7), Some(7)));
         assert_eq!(runs.load(Ordering::Relaxed), 1);
         drop((first, second));
-        assert_eq!(flights.join(&1, |_| ((), async { 8 })).wait().await, Some(8), "done flights are forgotten");
+        assert_eq!(
+            flights.join(&1, |_| ((), async { 8 })).wait().await,
+            Some(8),
+            "done flights are forgotten"
+        );
     }
 
     #[tokio::test]
     async fn work_stops_with_its_last_waiter_unless_detached() {
         let flights = Flights::<u8, bool, ()>::default();
-        let stopped = |token: CancellationToken| ((), async move {
-            token.cancelled().await;
-            true
-        });
+        let stopped = |token: CancellationToken| {
+            ((), async move {
+                token.cancelled().await;
+                true
+            })
+        };
         let (first, second) = (flights.join(&1, stopped), flights.join(&1, stopped));
         let watch = first.result.clone();
         drop(first);
@@ -213,10 +221,12 @@ mod tests {
     async fn a_newcomer_does_not_join_a_flight_that_is_stopping() {
         let flights = Flights::<u8, u32, ()>::default();
         let (go, gate) = oneshot::channel::<()>();
-        drop(flights.join(&1, |_| ((), async move {
-            let _ = gate.await;
-            1
-        })));
+        drop(flights.join(&1, |_| {
+            ((), async move {
+                let _ = gate.await;
+                1
+            })
+        }));
         let second = flights.join(&1, |_| ((), async { 2 }));
         go.send(()).unwrap();
         assert_eq!(second.wait().await, Some(2));

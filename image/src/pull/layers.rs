@@ -42,7 +42,8 @@ impl Inner {
     ) -> LayerFlight {
         self.layers.join(&(layer.blob.digest, diff_id), |stop| {
             let meter = Arc::new(Meter::new(Instant::now()));
-            let (inner, source, counted) = (Arc::clone(self), Arc::clone(source), Arc::clone(&meter));
+            let (inner, source, counted) =
+                (Arc::clone(self), Arc::clone(source), Arc::clone(&meter));
             let work = async move {
                 let _tracked = inner.tasks.token();
                 inner.bring_layer(source, layer, diff_id, counted, &stop).await
@@ -60,7 +61,8 @@ impl Inner {
         stop: &CancellationToken,
     ) -> Result<LayerDone, PullError> {
         let digest = layer.blob.digest;
-        let stopped = || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
+        let stopped =
+            || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
 
         let slots = Arc::clone(&self.layer_slots);
         let _slot = tokio::select! {

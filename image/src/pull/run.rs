@@ -9,7 +9,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
 use super::fetch::retry;
-use super::layers::LayerDone;
+use super::layers::{LayerDone, LayerFlight};
 use super::{Entry, Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
 use crate::digest::Digest;
 use crate::manifest::{Blob, ImageManifest, Layer, Manifest, diff_ids};
@@ -36,7 +36,8 @@ impl Inner {
         stop: &CancellationToken,
     ) -> Result<Pulled, PullError> {
         let reference = &request.reference;
-        let stopped = || PullError::Cancelled(format!("pull {reference}: stopped, will go on where it was"));
+        let stopped =
+            || PullError::Cancelled(format!("pull {reference}: stopped, will go on where it was"));
         if self.stop.is_cancelled() {
             return Err(stopped());
         }
@@ -58,14 +59,18 @@ impl Inner {
         outcome
     }
 
-    async fn run(self: &Arc<Self>, request: &PullRequest, entry: &Entry) -> Result<Pulled, PullError> {
+    async fn run(
+        self: &Arc<Self>,
+        request: &PullRequest,
+        entry: &Entry,
+    ) -> Result<Pulled, PullError> {
         let reference = &request.reference;
         let asked = reference.clone();
-        let (here, known) = self
-            .disk(move |store| Ok((store.lookup(&asked)?, store.reference(&asked)?)))
-            .await?;
+        let (here, known) =
+            self.disk(move |store| Ok((store.lookup(&asked)?, store.reference(&asked)?))).await?;
         // A record for another platform says nothing of this one.
-        let here = here.filter(|_| known.as_ref().is_none_or(|known| known.platform == request.platform));
+        let here =
+            here.filter(|_| known.as_ref().is_none_or(|known| known.platform == request.platform));
         match (request.policy, here) {
             (PullPolicy::IfNotPresent | PullPolicy::Never, Some(digest)) => {
                 return self.present(digest).await;
@@ -118,7 +123,9 @@ impl Inner {
     async fn present(&self, digest: Digest) -> Result<Pulled, PullError> {
         let image = self.disk(move |store| store.image(&digest)).await?;
         let image = image.ok_or_else(|| {
-            PullError::NotStored(format!("image {digest} was removed at this moment: pull it again"))
+            PullError::NotStored(format!(
+                "image {digest} was removed at this moment: pull it again"
+            ))
         })?;
         Ok(Pulled { digest, image, fetched_bytes: 0, written_bytes: 0, already_present: true })
     }
@@ -148,14 +155,20 @@ impl Inner {
         }
     }
 
-    async fn manifest(&self, source: &dyn Source, name: &ManifestName) -> Result<RawManifest, PullError> {
+    async fn manifest(
+        &self,
+        source: &dyn Source,
+        name: &ManifestName,
+    ) -> Result<RawManifest, PullError> {
         let raw = retry(self.attempts, "fetch manifest", || source.manifest(name)).await?;
         match name {
-            ManifestName::Digest(digest) if raw.digest() != *digest => Err(PullError::Mismatch(format!(
-                "manifest {digest}: {} served bytes that hash to {}",
-                source.name(),
-                raw.digest()
-            ))),
+            ManifestName::Digest(digest) if raw.digest() != *digest => {
+                Err(PullError::Mismatch(format!(
+                    "manifest {digest}: {} served bytes that hash to {}",
+                    source.name(),
+                    raw.digest()
+                )))
+            }
             _ => Ok(raw),
         }
     }
@@ -245,7 +258,9 @@ impl Inner {
         let mut started = BTreeSet::new();
         let flights: Vec<_> = layers
             .iter()
-            .filter(|(layer, _)| !here.contains(&layer.blob.digest) && started.insert(layer.blob.digest))
+            .filter(|(layer, _)| {
+                !here.contains(&layer.blob.digest) && started.insert(layer.blob.digest)
+            })
             .map(|(layer, diff_id)| self.start_layer(source, *layer, *diff_id))
             .collect();
         entry.set(|stage| {
@@ -253,7 +268,7 @@ impl Inner {
             stage.meters = flights.iter().map(|flight| Arc::clone(&flight.state)).collect();
         });
         let mut cost = LayerDone::default();
-        let mut waits: FuturesUnordered<_> = flights.iter().map(|flight| flight.wait()).collect();
+        let mut waits: FuturesUnordered<_> = flights.iter().map(LayerFlight::wait).collect();
         while let Some(done) = waits.next().await {
             // The first failure drops the other flights, which stop where they can go on.
             let done = done.ok_or_else(|| {
@@ -273,7 +288,9 @@ impl Inner {
         let store = self.store.clone();
         match self.tasks.spawn_blocking(move || work(&store)).await {
             Ok(result) => result.map_err(PullError::from),
-            Err(panic) => Err(StoreError::Corrupt(format!("work on the store died: {panic}")).into()),
+            Err(panic) => {
+                Err(StoreError::Corrupt(format!("work on the store died: {panic}")).into())
+            }
         }
     }
 }
@@ -290,7 +307,9 @@ fn make_tree(
     for (layer, diff_id) in layers {
         let digest = layer.blob.digest;
         let Some(record) = store.layer(&digest)? else {
-            return Err(StoreError::Corrupt(format!("layer {digest} is gone again: pull the image again")));
+            return Err(StoreError::Corrupt(format!(
+                "layer {digest} is gone again: pull the image again"
+            )));
         };
         if record.diff_id != *diff_id {
             return Ok(Err(PullError::Mismatch(format!(

@@ -37,7 +37,11 @@ impl Bench {
         self.pull_by(reference, PullPolicy::IfNotPresent).await
     }
 
-    async fn pull_by(&self, reference: &Reference, policy: PullPolicy) -> Result<Pulled, PullError> {
+    async fn pull_by(
+        &self,
+        reference: &Reference,
+        policy: PullPolicy,
+    ) -> Result<Pulled, PullError> {
         let request = PullRequest { policy, ..PullRequest::new(reference.clone()) };
         self.puller.start(request).wait().await
     }
@@ -68,12 +72,15 @@ async fn an_image_becomes_a_tree_with_its_layers_laid_over_each_other() {
     let layers = [
         bench.layer(Plain, &[Entry::Dir("models"), Entry::File("models/weights", &weights)]),
         bench.layer(Gzip, &[Entry::File("models/old/a", b"a"), Entry::File("models/config", b"1")]),
-        bench.layer(Zstd, &[
-            Entry::File("models/.wh.old", b""),
-            Entry::File("models/config", b"22"),
-            Entry::Hardlink("models/same", "models/weights"),
-            Entry::Symlink("latest", "models"),
-        ]),
+        bench.layer(
+            Zstd,
+            &[
+                Entry::File("models/.wh.old", b""),
+                Entry::File("models/config", b"22"),
+                Entry::Hardlink("models/same", "models/weights"),
+                Entry::Symlink("latest", "models"),
+            ],
+        ),
     ];
     let reference = bench.layout.image("v1", &layers);
     let pulled = bench.pull(&reference).await.unwrap();
@@ -119,9 +126,8 @@ async fn callers_of_the_same_image_share_one_pull_and_images_a_layer() {
             bench.layout.image(&format!("v{n}"), &[shared.clone(), own])
         })
         .collect();
-    let handles: Vec<_> = (0..40)
-        .map(|n| bench.puller.start(PullRequest::new(references[n % 4].clone())))
-        .collect();
+    let handles: Vec<_> =
+        (0..40).map(|n| bench.puller.start(PullRequest::new(references[n % 4].clone()))).collect();
     assert_eq!(bench.puller.pulls().len(), 4);
     for handle in &handles {
         handle.wait().await.unwrap();
@@ -145,7 +151,11 @@ async fn policies_ask_the_source_when_kubernetes_would() {
     let again = bench.pull_by(&reference, PullPolicy::Always).await.unwrap();
     assert!(again.already_present && again.digest == first.digest);
     bench.layout.image("latest", &[two]);
-    assert_eq!(bench.pull(&reference).await.unwrap().digest, first.digest, "IfNotPresent does not ask");
+    assert_eq!(
+        bench.pull(&reference).await.unwrap().digest,
+        first.digest,
+        "IfNotPresent does not ask"
+    );
     let moved = bench.pull_by(&reference, PullPolicy::Always).await.unwrap();
     assert_ne!(moved.digest, first.digest);
     let never = bench.pull_by(&reference, PullPolicy::Never).await.unwrap();
@@ -183,16 +193,23 @@ async fn an_index_gives_the_image_of_the_platform_that_is_asked_for() {
     let platform = Platform { os: "linux".into(), architecture: "s390x".into() };
     let request = PullRequest { platform, ..PullRequest::new(reference) };
     let error = bench.puller.start(request).wait().await.unwrap_err();
-    assert!(error.to_string().contains("no image for linux/s390x; there is: linux/arm64, linux/amd64"), "{error}");
+    assert!(
+        error.to_string().contains("no image for linux/s390x; there is: linux/arm64, linux/amd64"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
 async fn bad_images_fail_with_one_clear_error_and_leave_nothing() {
     let mut bench = bench();
-    let through = bench.layer(Plain, &[Entry::Symlink("evil", "/etc"), Entry::File("evil/cron.d/x", b"x")]);
+    let through =
+        bench.layer(Plain, &[Entry::Symlink("evil", "/etc"), Entry::File("evil/cron.d/x", b"x")]);
     let reference = bench.layout.image("through", &[through]);
     let error = bench.pull(&reference).await.unwrap_err();
-    assert!(matches!(&error, PullError::Unpack(why) if why.contains("leads through the symlink \"evil\"")), "{error}");
+    assert!(
+        matches!(&error, PullError::Unpack(why) if why.contains("leads through the symlink \"evil\"")),
+        "{error}"
+    );
     bench.assert_nothing_is_left();
 
     let climbs = bench.layer(Gzip, &[Entry::File("../../etc/cron.d/x", b"x")]);
@@ -208,7 +225,10 @@ async fn bad_images_fail_with_one_clear_error_and_leave_nothing() {
     bytes[5_000] ^= 1;
     fs::write(&path, &bytes).unwrap();
     let error = bench.pull(&reference).await.unwrap_err();
-    assert!(matches!(&error, PullError::Mismatch(why) if why.contains(&altered.blob.to_string())), "{error}");
+    assert!(
+        matches!(&error, PullError::Mismatch(why) if why.contains(&altered.blob.to_string())),
+        "{error}"
+    );
     bench.assert_nothing_is_left();
     assert_eq!(bench.puller.pulls().len(), 3, "failures are remembered");
     assert_eq!(bench.puller.pulls()[2].state, PullState::Failed(error.to_string()));
@@ -247,7 +267,10 @@ async fn a_manifest_that_is_not_what_its_digest_says_is_refused() {
     fs::write(&path, altered).unwrap();
     let reference = format!("oci:{}@{digest}", bench.layout.folder.display()).parse().unwrap();
     let error = bench.pull(&reference).await.unwrap_err();
-    assert!(matches!(error, PullError::Mismatch(_) | PullError::Source(SourceError::Invalid(_))), "{error}");
+    assert!(
+        matches!(error, PullError::Mismatch(_) | PullError::Source(SourceError::Invalid(_))),
+        "{error}"
+    );
     bench.assert_nothing_is_left();
 }
 

@@ -81,7 +81,8 @@ impl Store {
                 remove_tree(&path)?;
                 continue;
             }
-            let Some(digest) = path.file_stem().and_then(|s| Digest::from_hex(s.to_str()?).ok()) else {
+            let Some(digest) = path.file_stem().and_then(|s| Digest::from_hex(s.to_str()?).ok())
+            else {
                 continue;
             };
             let Some(ingest) = self.ingest(&digest)? else { continue };

@@ -94,8 +94,14 @@ impl Records {
     }
 
     fn file(&self, name: &str) -> Result<PathBuf, StoreError> {
-        if name.is_empty() || name.len() > 200 || name.starts_with('.') || name.contains(['/', '\0']) {
-            return Err(StoreError::Corrupt(format!("record name {name:?} is not a plain file name")));
+        if name.is_empty()
+            || name.len() > 200
+            || name.starts_with('.')
+            || name.contains(['/', '\0'])
+        {
+            return Err(StoreError::Corrupt(format!(
+                "record name {name:?} is not a plain file name"
+            )));
         }
         Ok(self.folder.join(format!("{name}.json")))
     }
@@ -112,7 +118,10 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreE
     let mut bytes = Vec::new();
     file.take(MAX_RECORD_BYTES).read_to_end(&mut bytes).context(what)?;
     serde_json::from_slice(&bytes).map(Some).map_err(|e| {
-        StoreError::Corrupt(format!("record {} is damaged ({e}): remove the file and pull again", path.display()))
+        StoreError::Corrupt(format!(
+            "record {} is damaged ({e}): remove the file and pull again",
+            path.display()
+        ))
     })
 }
 
@@ -120,8 +129,7 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, StoreE
 pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
     let folder = path.parent().unwrap_or(Path::new("."));
     let what = || format!("write {}", path.display());
-    let mut file =
-        tempfile::Builder::new().prefix(".tmp").tempfile_in(folder).context(what)?;
+    let mut file = tempfile::Builder::new().prefix(".tmp").tempfile_in(folder).context(what)?;
     file.write_all(bytes).context(what)?;
     file.as_file().sync_all().context(what)?;
     file.persist(path).map_err(|e| e.error).context(what)?;

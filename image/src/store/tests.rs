@@ -191,7 +191,11 @@ fn records_are_replaced_whole_and_damage_is_told() {
     assert_eq!(records.get::<u8>("c").unwrap(), None);
     fs::write(store.path("volumes").join("a.json"), "{").unwrap();
     assert!(matches!(records.get::<u8>("a"), Err(StoreError::Corrupt(_))));
-    assert_eq!(records.list::<u8>().unwrap(), [("b".to_owned(), 3)], "one does not hide the others");
+    assert_eq!(
+        records.list::<u8>().unwrap(),
+        [("b".to_owned(), 3)],
+        "one does not hide the others"
+    );
     for name in ["", ".hidden", "a/b", "../a"] {
         assert!(records.put(name, &1).is_err(), "{name:?}");
     }
@@ -208,7 +212,10 @@ fn only_a_store_of_this_version_is_opened() {
     Store::open(&newer).unwrap();
     fs::write(newer.join("format"), "carport store 9\n").unwrap();
     let error = Store::open(&newer).unwrap_err();
-    assert!(matches!(&error, StoreError::Format(why) if why.contains("carport store 9")), "{error}");
+    assert!(
+        matches!(&error, StoreError::Format(why) if why.contains("carport store 9")),
+        "{error}"
+    );
 
     // Half a creation is completed.
     let half = dir.path().join("half");

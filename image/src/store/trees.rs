@@ -167,7 +167,8 @@ impl Links {
             let what = || format!("create {prefix}/{name} in the tree");
             match node {
                 Node::Directory(children) => {
-                    rustix::fs::mkdirat(directory, name, Mode::from_raw_mode(0o755)).context(what)?;
+                    rustix::fs::mkdirat(directory, name, Mode::from_raw_mode(0o755))
+                        .context(what)?;
                     let child = rustix::fs::openat(
                         directory,
                         name,
@@ -191,7 +192,13 @@ impl Links {
         rustix::fs::futimens(directory, &EPOCH).context(|| format!("set times of {prefix}/"))
     }
 
-    fn link(&self, directory: BorrowedFd<'_>, name: &str, size: u64, object: &ObjectId) -> io::Result<()> {
+    fn link(
+        &self,
+        directory: BorrowedFd<'_>,
+        name: &str,
+        size: u64,
+        object: &ObjectId,
+    ) -> io::Result<()> {
         if size == 0 {
             return self.create(directory, name, object).map(drop);
         }
