@@ -1,0 +1,286 @@
+//! The CSI driver as a process sees it: configure, bind, serve, stop.
+//!
+//! ```text
+//! DriverConfig ─► Driver::bind ─► BoundDriver::serve(shutdown)
+//!                  CSI socket       serve CSI ─► show the registration socket
+//!                  listens,         … shutdown:
+//!                  shown            hide registration ─► end waits ─► drain ─► remove the CSI socket
+//! ```
+//!
+//! The kubelet calls the CSI socket as soon as it sees the registration socket, and that
+//! has to answer within a second: so it is shown last, and goes first.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use carport_proto::csi::v1::identity_server::IdentityServer;
+use carport_proto::csi::v1::node_server::NodeServer;
+use carport_proto::pluginregistration::v1::registration_server::RegistrationServer;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+
+use crate::identity::IdentityService;
+use crate::node::NodeService;
+use crate::registration::RegistrationService;
+use crate::socket::{BindError, Socket};
+use crate::volume::Volumes;
+
+/// Calls that do not end by themselves when the driver stops are cut off after this;
+/// waits for images have been ended before.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The CSI specification's limits, in bytes.
+const MAX_NAME_BYTES: usize = 63;
+const MAX_NODE_ID_BYTES: usize = 192;
+
+/// What a driver is called and where it serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DriverConfig {
+    name: String,
+    node_id: String,
+    endpoint: PathBuf,
+    registration: Option<PathBuf>,
+}
+
+/// Why a configuration is not usable.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidConfig(String);
+
+impl DriverConfig {
+    /// A driver that serves CSI at `endpoint` and registers nowhere.
+    ///
+    /// # Errors
+    ///
+    /// When `name` or `node_id` is not what the CSI specification asks for.
+    pub fn new(
+        name: impl Into<String>,
+        node_id: impl Into<String>,
+        endpoint: impl Into<PathBuf>,
+    ) -> Result<Self, InvalidConfig> {
+        let (name, node_id) = (name.into(), node_id.into());
+        let edge = |byte: Option<&u8>| byte.is_some_and(u8::is_ascii_alphanumeric);
+        let bytes = name.as_bytes();
+        if bytes.len() > MAX_NAME_BYTES
+            || !edge(bytes.first())
+            || !edge(bytes.last())
+            || !bytes.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.'))
+        {
+            return Err(InvalidConfig(format!(
+                "driver name {name:?}: use a domain name such as csi.carport.dev: at most \
+                 {MAX_NAME_BYTES} letters, digits, `-` and `.`, a letter or digit at both ends"
+            )));
+        }
+        if node_id.is_empty() || node_id.len() > MAX_NODE_ID_BYTES {
+            return Err(InvalidConfig(format!(
+                "node id {node_id:?}: must have 1 to {MAX_NODE_ID_BYTES} bytes; use the node's name"
+            )));
+        }
+        Ok(Self { name, node_id, endpoint: endpoint.into(), registration: None })
+    }
+
+    /// A driver at the usual places below `kubelet`, usually `/var/lib/kubelet`:
+    /// `plugins/<name>/csi.sock` and `plugins_registry/<name>-reg.sock`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`DriverConfig::new`].
+    pub fn in_kubelet_folder(
+        name: impl Into<String>,
+        node_id: impl Into<String>,
+        kubelet: &Path,
+    ) -> Result<Self, InvalidConfig> {
+        let mut config = Self::new(name, node_id, PathBuf::new())?;
+        config.endpoint = kubelet.join("plugins").join(&config.name).join("csi.sock");
+        Ok(config.registered_in(kubelet.join("plugins_registry")))
+    }
+
+    /// Registers with the kubelet that watches `folder`. The kubelet must see the
+    /// endpoint under the same path.
+    pub fn registered_in(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.registration = Some(folder.into().join(format!("{}-reg.sock", self.name)));
+        self
+    }
+
+    /// The driver's name, as in a pod's `csi.driver`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The node's name, as in CSINode.
+    pub fn node_id(&self) -> &str {
+        &self.node_id
+    }
+
+    /// The socket that serves CSI.
+    pub fn endpoint(&self) -> &Path {
+        &self.endpoint
+    }
+
+    /// The socket that the kubelet finds the driver by.
+    pub fn registration(&self) -> Option<&Path> {
+        self.registration.as_deref()
+    }
+}
+
+/// Why serving ended before it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A socket could not be shown or listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The transport failed.
+    #[error("serve {what}: {source}")]
+    Transport {
+        /// Which of the sockets.
+        what: &'static str,
+        /// What went wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// A driver that is not bound yet.
+pub struct Driver {
+    config: Arc<DriverConfig>,
+    volumes: Volumes,
+}
+
+impl Driver {
+    /// A driver for `volumes`.
+    pub fn new(config: DriverConfig, volumes: Volumes) -> Self {
+        Self { config: Arc::new(config), volumes }
+    }
+
+    /// Binds the sockets. A caller may connect to CSI from now on and waits until it is
+    /// served; the kubelet does not learn of it yet.
+    ///
+    /// # Errors
+    ///
+    /// See [`BindError`].
+    pub fn bind(self) -> Result<BoundDriver, BindError> {
+        let mut csi = Socket::bind(self.config.endpoint())?;
+        let registration = self.config.registration().map(Socket::bind).transpose()?;
+        csi.show()?;
+        Ok(BoundDriver { config: self.config, volumes: self.volumes, csi, registration })
+    }
+}
+
+/// A driver whose sockets listen. Dropping it removes them.
+pub struct BoundDriver {
+    config: Arc<DriverConfig>,
+    volumes: Volumes,
+    csi: Socket,
+    registration: Option<Socket>,
+}
+
+impl BoundDriver {
+    /// Serves until `shutdown` ends; then removes the sockets, ends waiting publishes with
+    /// Unavailable and leaves all mounts in place.
+    ///
+    /// # Errors
+    ///
+    /// When serving ends without being asked to.
+    pub async fn serve(mut self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+        let stop = CancellationToken::new();
+        let mut servers = JoinSet::new();
+
+        let identity = IdentityService { config: Arc::clone(&self.config) };
+        let node = NodeService { config: Arc::clone(&self.config), volumes: self.volumes.clone() };
+        let csi = Server::builder()
+            .add_service(IdentityServer::new(identity))
+            .add_service(NodeServer::new(node));
+        start(&mut servers, "csi", csi, &mut self.csi, &stop)?;
+        if let Some(socket) = &mut self.registration {
+            let service = RegistrationService { config: Arc::clone(&self.config) };
+            let registration = Server::builder().add_service(RegistrationServer::new(service));
+            start(&mut servers, "registration", registration, socket, &stop)?;
+            socket.show()?;
+        }
+        tracing::info!(driver = self.config.name(), endpoint = %self.config.endpoint().display(),
+            registered_at = self.config.registration().map(|p| tracing::field::display(p.display())),
+            "serving CSI");
+
+        let ended = tokio::select! {
+            () = shutdown => None,
+            ended = servers.join_next() => ended,
+        };
+        drop(self.registration);
+        self.volumes.stop();
+        stop.cancel();
+        let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {
+            while servers.join_next().await.is_some() {}
+        });
+        if drained.await.is_err() {
+            tracing::warn!(calls_cut_off_after_s = DRAIN_TIMEOUT.as_secs(), "stopped serving CSI");
+        }
+        match ended {
+            None => Ok(()),
+            Some(Ok((what, Ok(())))) => {
+                Err(ServeError::Transport { what, source: "ended without being asked to".into() })
+            }
+            Some(Ok((what, Err(error)))) => {
+                Err(ServeError::Transport { what, source: error.into() })
+            }
+            Some(Err(error)) => Err(ServeError::Transport { what: "csi", source: error.into() }),
+        }
+    }
+}
+
+type Ended = (&'static str, Result<(), tonic::transport::Error>);
+
+fn start(
+    servers: &mut JoinSet<Ended>,
+    what: &'static str,
+    router: Router,
+    socket: &mut Socket,
+    stop: &CancellationToken,
+) -> Result<(), ServeError> {
+    let listener =
+        socket.listener().map_err(|error| ServeError::Transport { what, source: error.into() })?;
+    let stopped = stop.clone().cancelled_owned();
+    servers.spawn(async move {
+        let incoming = UnixListenerStream::new(listener);
+        (what, router.serve_with_incoming_shutdown(incoming, stopped).await)
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked() {
+        let name = |name: &str| DriverConfig::new(name, "node", "/csi.sock");
+        assert!(name("csi.carport.dev").is_ok());
+        assert!(name("a").is_ok());
+        for wrong in ["", ".", "csi.", "-csi", "csi/carport", "csi_carport", &"a".repeat(64)] {
+            let error = name(wrong).unwrap_err().to_string();
+            assert!(error.contains("use a domain name"), "{error}");
+        }
+        let error = DriverConfig::new("csi.carport.dev", "", "/csi.sock").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            r#"node id "": must have 1 to 192 bytes; use the node's name"#
+        );
+    }
+
+    #[test]
+    fn the_kubelet_finds_the_sockets_where_it_looks() {
+        let kubelet = Path::new("/var/lib/kubelet");
+        let config = DriverConfig::in_kubelet_folder("csi.carport.dev", "node", kubelet).unwrap();
+        assert_eq!(
+            config.endpoint(),
+            Path::new("/var/lib/kubelet/plugins/csi.carport.dev/csi.sock")
+        );
+        assert_eq!(
+            config.registration().unwrap(),
+            Path::new("/var/lib/kubelet/plugins_registry/csi.carport.dev-reg.sock")
+        );
+    }
+}

@@ -1,0 +1,31 @@
+//! Volumes: how a stored image appears in a pod.
+//!
+//! ```text
+//! kubelet ──► driver ─── identity, node ───► volume ───► mount ───► pod
+//!    ▲          │     gRPC, codes, deadlines    │ records    kernel
+//!    └── registration                           └──► carport-image: pulls, store
+//! ```
+//!
+//! - [`mount`]: the edge of the world: showing a tree of the store at a path;
+//! - [`fuse`]: the same for who may not mount: a tree served through FUSE;
+//! - [`volume`]: publishing and taking away, by name, idempotent, recorded;
+//! - [`driver`]: the CSI services on their sockets, and the registration with the kubelet.
+//!
+//! What an image is and how it comes to the node is `carport-image`'s; when the driver
+//! starts and stops is the agent's.
+
+mod deadline;
+pub mod driver;
+pub mod fuse;
+mod identity;
+pub mod mount;
+mod node;
+mod registration;
+mod socket;
+#[cfg(test)]
+mod testing;
+pub mod volume;
+
+pub use driver::{BoundDriver, Driver, DriverConfig};
+pub use socket::BindError;
+pub use volume::Volumes;

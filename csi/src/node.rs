@@ -1,0 +1,286 @@
+//! CSI Node: the adapter between the kubelet's calls and [`Volumes`].
+//!
+//! In come gRPC messages; they are parsed here into types that cannot be wrong. Out go
+//! answers, or one of the codes that the kubelet acts on:
+//!
+//! - after an *uncertain* code (Cancelled, DeadlineExceeded, Unavailable, ResourceExhausted,
+//!   Aborted) it unpublishes when the pod goes;
+//! - after any other, a *final* one, it does not: nothing may be left behind.
+//!
+//! A request is never logged or repeated as a whole: it carries secrets and tokens.
+
+use std::sync::Arc;
+
+use carport_image::PullError;
+use carport_image::source::{PullSecret, SourceError};
+use carport_image::store::StoreError;
+use carport_proto::csi::v1::node_server::Node;
+use carport_proto::csi::v1::node_service_capability::{self, Rpc, rpc};
+use carport_proto::csi::v1::volume_capability::{AccessType, MountVolume};
+use carport_proto::csi::v1::volume_usage::Unit;
+use carport_proto::csi::v1::{
+    NodeGetCapabilitiesRequest, NodeGetCapabilitiesResponse, NodeGetInfoRequest,
+    NodeGetInfoResponse, NodeGetVolumeStatsRequest, NodeGetVolumeStatsResponse,
+    NodePublishVolumeRequest, NodePublishVolumeResponse, NodeServiceCapability,
+    NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, VolumeCapability, VolumeCondition,
+    VolumeUsage,
+};
+use tonic::{Code, Request, Response, Status};
+
+use crate::deadline::deadline;
+use crate::driver::DriverConfig;
+use crate::mount::MountError;
+use crate::volume::{
+    Condition, InvalidRequest, PublishError, PublishRequest, StatsError, TargetPath,
+    UnpublishError, VolumeAttributes, VolumeId, Volumes,
+};
+
+/// The key of a Secret of type `kubernetes.io/dockerconfigjson`.
+const DOCKER_CONFIG_KEY: &str = ".dockerconfigjson";
+
+/// Mount options that say what is the case anyway. Others are refused: dropping them
+/// silently would be worse.
+const GRANTED_OPTIONS: [&str; 3] = ["ro", "nosuid", "nodev"];
+
+/// gRPC sends messages in a header; some peers take 8 KiB of headers and no more.
+const MAX_MESSAGE_CHARS: usize = 1000;
+
+/// The adapter from gRPC to volumes.
+pub(crate) struct NodeService {
+    pub(crate) config: Arc<DriverConfig>,
+    pub(crate) volumes: Volumes,
+}
+
+#[tonic::async_trait]
+impl Node for NodeService {
+    async fn node_publish_volume(
+        &self,
+        request: Request<NodePublishVolumeRequest>,
+    ) -> Result<Response<NodePublishVolumeResponse>, Status> {
+        let deadline = deadline(request.metadata());
+        let request = request.into_inner();
+        let volume = request.volume_id.clone();
+        let refused = |status| refused("publish", &volume, status);
+        let request = parse_publish(&request, deadline).map_err(refused)?;
+        match self.volumes.publish(request).await {
+            Ok(_) => Ok(Response::new(NodePublishVolumeResponse {})),
+            Err(error) => Err(refused(status(publish_code(&error), &error))),
+        }
+    }
+
+    async fn node_unpublish_volume(
+        &self,
+        request: Request<NodeUnpublishVolumeRequest>,
+    ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
+        let deadline = deadline(request.metadata());
+        let request = request.into_inner();
+        let refused = |status| refused("unpublish", &request.volume_id, status);
+        let place = parse_place(&request.volume_id, &request.target_path);
+        let (volume_id, target) = place.map_err(|error| refused(error.into()))?;
+        match self.volumes.unpublish(&volume_id, &target, deadline).await {
+            Ok(()) => Ok(Response::new(NodeUnpublishVolumeResponse {})),
+            Err(error) => Err(refused(status(unpublish_code(&error), &error))),
+        }
+    }
+
+    async fn node_get_volume_stats(
+        &self,
+        request: Request<NodeGetVolumeStatsRequest>,
+    ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
+        let request = request.into_inner();
+        let (volume_id, target) = parse_place(&request.volume_id, &request.volume_path)?;
+        let stats = self
+            .volumes
+            .stats(&volume_id, &target)
+            .await
+            .map_err(|error| status(stats_code(&error), &error))?;
+        // All of it is used, and nothing can be added: the volume is read-only.
+        let usage = |count: u64, unit: Unit| {
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            VolumeUsage { available: 0, total: count, used: count, unit: unit.into() }
+        };
+        let condition = match stats.condition {
+            Condition::Normal => {
+                VolumeCondition { abnormal: false, message: "the image is mounted".to_owned() }
+            }
+            Condition::Abnormal(message) => VolumeCondition { abnormal: true, message },
+        };
+        Ok(Response::new(NodeGetVolumeStatsResponse {
+            usage: vec![usage(stats.bytes, Unit::Bytes), usage(stats.files, Unit::Inodes)],
+            volume_condition: Some(condition),
+        }))
+    }
+
+    async fn node_get_capabilities(
+        &self,
+        _: Request<NodeGetCapabilitiesRequest>,
+    ) -> Result<Response<NodeGetCapabilitiesResponse>, Status> {
+        let capability = |kind: rpc::Type| NodeServiceCapability {
+            r#type: Some(node_service_capability::Type::Rpc(Rpc { r#type: kind.into() })),
+        };
+        Ok(Response::new(NodeGetCapabilitiesResponse {
+            capabilities: vec![
+                capability(rpc::Type::GetVolumeStats),
+                capability(rpc::Type::VolumeCondition),
+            ],
+        }))
+    }
+
+    async fn node_get_info(
+        &self,
+        _: Request<NodeGetInfoRequest>,
+    ) -> Result<Response<NodeGetInfoResponse>, Status> {
+        Ok(Response::new(NodeGetInfoResponse {
+            node_id: self.config.node_id().to_owned(),
+            max_volumes_per_node: 0,
+        }))
+    }
+}
+
+fn parse_publish(
+    request: &NodePublishVolumeRequest,
+    deadline: tokio::time::Instant,
+) -> Result<PublishRequest, Status> {
+    let (volume_id, target) = parse_place(&request.volume_id, &request.target_path)?;
+    check_capability(request.volume_capability.as_ref())?;
+    let context = request.volume_context.iter().map(|(key, value)| (&**key, &**value));
+    // `readonly` is not looked at: the kubelet says false for inline volumes that nobody
+    // means to write, and every volume is read-only.
+    Ok(PublishRequest {
+        volume_id,
+        target,
+        attributes: VolumeAttributes::parse(context)?,
+        secret: parse_secret(request)?,
+        deadline,
+    })
+}
+
+fn parse_place(volume_id: &str, target: &str) -> Result<(VolumeId, TargetPath), InvalidRequest> {
+    Ok((VolumeId::parse(volume_id)?, TargetPath::parse(target)?))
+}
+
+/// Any access mode will do: all that is given is reading. `fs_type` says nothing about
+/// a tree of files.
+fn check_capability(capability: Option<&VolumeCapability>) -> Result<(), Status> {
+    let invalid = |why: &str| Err(Status::invalid_argument(format!("volume capability: {why}")));
+    match capability.map(|capability| &capability.access_type) {
+        None => invalid("missing"),
+        Some(None) => invalid("access type missing; use mount"),
+        Some(Some(AccessType::Block(_))) => {
+            invalid("an image is no block device; set volumeMode: Filesystem")
+        }
+        Some(Some(AccessType::Mount(MountVolume { mount_flags, .. }))) => {
+            // Not repeated: mount options may hold secrets.
+            match mount_flags.iter().all(|flag| GRANTED_OPTIONS.contains(&&**flag)) {
+                true => Ok(()),
+                false => invalid("mount options other than ro, nosuid, nodev are not supported"),
+            }
+        }
+    }
+}
+
+fn parse_secret(request: &NodePublishVolumeRequest) -> Result<PullSecret, Status> {
+    if request.secrets.is_empty() {
+        return Ok(PullSecret::none());
+    }
+    let Some(text) = request.secrets.get(DOCKER_CONFIG_KEY) else {
+        return Err(Status::invalid_argument(format!(
+            "nodePublishSecretRef: the secret has no key {DOCKER_CONFIG_KEY}; use one of type \
+             kubernetes.io/dockerconfigjson"
+        )));
+    };
+    PullSecret::from_docker_config_json(text)
+        .map_err(|error| Status::invalid_argument(format!("nodePublishSecretRef: {error}")))
+}
+
+impl From<InvalidRequest> for Status {
+    fn from(error: InvalidRequest) -> Self {
+        status(Code::InvalidArgument, &error)
+    }
+}
+
+fn publish_code(error: &PublishError) -> Code {
+    match error {
+        PublishError::Occupied { .. } => Code::FailedPrecondition,
+        PublishError::Incompatible { .. } => Code::AlreadyExists,
+        PublishError::Pull(error) => pull_code(error),
+        PublishError::StillPulling(_) => Code::DeadlineExceeded,
+        // Uncertain: another call may have done, or may do, what is asked for.
+        PublishError::Busy(_) | PublishError::Withdrawn(_) => Code::Aborted,
+        PublishError::Stopping => Code::Unavailable,
+        PublishError::Mount(error) => mount_code(error),
+        PublishError::Store(error) => store_code(error),
+        // Whatever the error itself, an unpublish must come.
+        PublishError::Unclean { .. } => Code::Aborted,
+    }
+}
+
+fn unpublish_code(error: &UnpublishError) -> Code {
+    match error {
+        UnpublishError::Busy(_) => Code::Aborted,
+        UnpublishError::Mount(error) => mount_code(error),
+        UnpublishError::Store(error) => store_code(error),
+    }
+}
+
+fn stats_code(error: &StatsError) -> Code {
+    match error {
+        StatsError::NotFound { .. } => Code::NotFound,
+        StatsError::Store(error) => store_code(error),
+    }
+}
+
+fn pull_code(error: &PullError) -> Code {
+    match error {
+        PullError::Source(SourceError::NotFound(_)) => Code::NotFound,
+        PullError::Source(SourceError::Denied(_)) => Code::PermissionDenied,
+        PullError::Source(SourceError::Throttled { .. } | SourceError::Unavailable(_)) => {
+            Code::Unavailable
+        }
+        PullError::Source(SourceError::Invalid(_)) => Code::FailedPrecondition,
+        PullError::Mismatch(_) => Code::DataLoss,
+        PullError::Unsupported(_) | PullError::Unpack(_) | PullError::NotStored(_) => {
+            Code::FailedPrecondition
+        }
+        PullError::Store(error) => store_code(error),
+        PullError::Cancelled(_) => Code::Unavailable,
+    }
+}
+
+fn store_code(error: &StoreError) -> Code {
+    match error {
+        // Room may be made; until then the kubelet tries again ever more rarely.
+        StoreError::NoSpace { .. } => Code::ResourceExhausted,
+        StoreError::Io { .. } | StoreError::Corrupt(_) => Code::Internal,
+        StoreError::Format(_) | StoreError::InUse(_) => Code::FailedPrecondition,
+    }
+}
+
+fn mount_code(error: &MountError) -> Code {
+    match error {
+        MountError::NotInImage { .. } => Code::NotFound,
+        // Removed between the pull and the mount: the next try pulls it again.
+        MountError::TreeGone(_) => Code::Unavailable,
+        MountError::Denied { .. } | MountError::Io { .. } => Code::Internal,
+    }
+}
+
+fn status(code: Code, error: &dyn std::error::Error) -> Status {
+    let message = error.to_string();
+    Status::new(code, message.chars().take(MAX_MESSAGE_CHARS).collect::<String>())
+}
+
+/// Logs the one line about a call that was not done.
+fn refused(call: &'static str, volume: &str, status: Status) -> Status {
+    let volume: String = volume.chars().take(100).collect();
+    let (code, why) = (status.code(), status.message());
+    match code {
+        // The usual course of a long pull.
+        Code::DeadlineExceeded | Code::Aborted => tracing::info!(call, volume, ?code, why),
+        _ => tracing::warn!(call, volume, ?code, why),
+    }
+    status
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,379 @@
+//! Volumes: images of the store, shown at paths by name.
+//!
+//! In come a volume's id, a target path and attributes; out goes a read-only mount
+//! there, with a record of it in the store, or an error and nothing left behind.
+//!
+//! ```text
+//! publish ──► wait for the turn ──► wait for the pull ──► record ─► mount     one turn a target
+//!                  ▲                     ▲
+//!    unpublish ────┴──── is heard by ────┘     then: unmount ─► remove target ─► drop record
+//! ```
+//!
+//! # What always holds
+//!
+//! - **Idempotent.** Publish and unpublish may come in any order, any number of times, over
+//!   an absent, an empty, a mounted or a dead target. Mounts are never stacked, and a path
+//!   with something else on it is never touched.
+//! - **Records first.** A volume's record is on disk before its mount is made and until it is
+//!   gone; while it is there the store keeps the image.
+//! - **Unpublish needs a name only**: no image, no registry, no pull.
+//! - **A caller who goes away breaks nothing**: what was begun on a target is ended, and a
+//!   pull that was waited for goes on.
+//!
+//! The gRPC side of it is [`crate::driver`]; mounts are [`crate::mount`].
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant as StdInstant};
+
+use carport_image::pull::{PullHandle, PullRequest};
+use carport_image::source::PullSecret;
+use carport_image::store::StoreError;
+use carport_image::{Digest, Puller};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+mod attributes;
+mod disk;
+mod error;
+mod progress;
+mod record;
+mod targets;
+#[cfg(test)]
+mod tests;
+
+pub use attributes::{InvalidRequest, PodInfo, TargetPath, VolumeAttributes, VolumeId};
+pub use error::{PublishError, StatsError, UnpublishError};
+pub use record::VolumeRecord;
+
+use crate::mount::Mounter;
+use disk::{Disk, Standing, Wanted};
+use targets::Targets;
+
+/// A mount that does not answer for so long counts as broken: the kubelet asks once a
+/// minute for each volume and must never hang on one.
+const STATS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Publishes images as volumes. Clones share all state.
+#[derive(Clone)]
+pub struct Volumes {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    puller: Puller,
+    disk: Disk,
+    targets: Targets,
+    stop: CancellationToken,
+    changes: watch::Sender<u64>,
+}
+
+/// A volume to publish.
+#[derive(Debug, Clone)]
+pub struct PublishRequest {
+    /// Which volume.
+    pub volume_id: VolumeId,
+    /// Where. Its parent folder must exist.
+    pub target: TargetPath,
+    /// What it shows.
+    pub attributes: VolumeAttributes,
+    /// The pod's own credentials for the registry.
+    pub secret: PullSecret,
+    /// When to answer at the latest, complete or not.
+    pub deadline: Instant,
+}
+
+/// A volume that is in place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published {
+    /// The image that it shows.
+    pub digest: Digest,
+    /// It was in place before the call.
+    pub already: bool,
+}
+
+/// How large a published volume is, and whether it is well.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeStats {
+    /// Sum of the image's file sizes.
+    pub bytes: u64,
+    /// Number of its files.
+    pub files: u64,
+    /// Whether the mount is there.
+    pub condition: Condition,
+}
+
+/// Whether a volume can be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Condition {
+    /// It is mounted.
+    Normal,
+    /// It is not; the text says what to do.
+    Abnormal(String),
+}
+
+/// What [`Volumes::reconcile`] found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reconciled {
+    /// Volumes in place.
+    pub mounted: usize,
+    /// Volumes without a mount whose pod is still there: the kubelet decides.
+    pub waiting: usize,
+    /// Volumes with a dead mount.
+    pub dead: usize,
+    /// Records dropped, since neither mount nor pod is there.
+    pub dropped: usize,
+    /// Mounts of images that have no record. Left alone.
+    pub unknown: usize,
+}
+
+/// Why a wait ended early.
+enum Interrupted {
+    Stopping,
+    Withdrawn,
+    Deadline,
+}
+
+impl Volumes {
+    /// Volumes of the puller's store. Changes nothing; see [`Volumes::reconcile`].
+    pub fn new(puller: Puller, mounter: Arc<dyn Mounter>) -> Self {
+        let disk = Disk::new(puller.store().clone(), mounter);
+        Self {
+            inner: Arc::new(Inner {
+                puller,
+                disk,
+                targets: Targets::default(),
+                stop: CancellationToken::new(),
+                changes: watch::Sender::new(0),
+            }),
+        }
+    }
+
+    /// Brings the image and mounts it at the target.
+    ///
+    /// Returns at once when the volume is in place already; joins a pull in flight.
+    ///
+    /// # Errors
+    ///
+    /// See [`PublishError`]. After [`PublishError::StillPulling`] the pull goes on.
+    /// Nothing of the volume is left at the target or in the records, except after
+    /// [`PublishError::Unclean`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait; the pull goes on, and a mount that is being
+    /// made is made: call again, or unpublish.
+    pub async fn publish(&self, request: PublishRequest) -> Result<Published, PublishError> {
+        let began = StdInstant::now();
+        let PublishRequest { volume_id, target, attributes, secret, deadline } = request;
+        let interrupted = |why: Interrupted, late: PublishError| match why {
+            Interrupted::Stopping => PublishError::Stopping,
+            Interrupted::Withdrawn => PublishError::Withdrawn(target.to_string()),
+            Interrupted::Deadline => late,
+        };
+
+        let place = self.inner.targets.enter(&target);
+        let withdrawn = place.withdrawn();
+        let turn = self
+            .until(deadline, &withdrawn, place.turn())
+            .await
+            .map_err(|why| interrupted(why, PublishError::Busy(target.to_string())))?;
+        let wanted = Wanted { volume_id: volume_id.clone(), target: target.clone(), attributes };
+
+        let (disk, asked) = (self.inner.disk.clone(), wanted.clone());
+        // The turn goes along: should the target not answer, it stays taken.
+        let check = blocking(move || (disk.check(&asked), turn));
+        let (standing, turn) = self
+            .until(deadline, &withdrawn, check)
+            .await
+            .map_err(|why| interrupted(why, PublishError::Busy(target.to_string())))?;
+        if let Standing::Published(record) = standing? {
+            return Ok(Published { digest: record.digest, already: true });
+        }
+
+        let pull = self.pull(&wanted.attributes, secret);
+        let result = match self.until(deadline, &withdrawn, pull.handle().wait()).await {
+            Ok(result) => result.map_err(PublishError::Pull),
+            Err(Interrupted::Withdrawn) => {
+                // The pod is gone: nobody here wants the image any more.
+                pull.give_up();
+                return Err(PublishError::Withdrawn(target.to_string()));
+            }
+            Err(why) => {
+                let late = PublishError::StillPulling(Box::new(pull.handle().progress()));
+                return Err(interrupted(why, late));
+            }
+        };
+
+        let disk = self.inner.disk.clone();
+        let digest = blocking(move || {
+            // Held to the end, also when the caller is gone.
+            let _turn = turn;
+            let pulled = result.map_err(|error| disk.after_failure(&wanted, error))?;
+            disk.commit(&wanted, &pulled).map(|()| pulled.digest)
+        })
+        .await?;
+        self.changed();
+        tracing::info!(volume = %volume_id, %target, %digest,
+            elapsed_ms = began.elapsed().as_millis() as u64, "volume published");
+        Ok(Published { digest, already: false })
+    }
+
+    /// Takes a volume away; a publish of the same target that waits gives up.
+    ///
+    /// An unknown volume and an absent target are fine. A target with another volume on it,
+    /// or with content of somebody else, is left alone.
+    ///
+    /// # Errors
+    ///
+    /// See [`UnpublishError`]; call again.
+    ///
+    /// # Cancel safety
+    ///
+    /// What was begun is ended.
+    pub async fn unpublish(
+        &self,
+        volume_id: &VolumeId,
+        target: &TargetPath,
+        deadline: Instant,
+    ) -> Result<(), UnpublishError> {
+        self.inner.targets.withdraw(target);
+        let turn = self.inner.targets.enter(target).turn();
+        let (disk, id, path) = (self.inner.disk.clone(), volume_id.clone(), target.clone());
+        let work = async {
+            let turn = turn.await;
+            blocking(move || {
+                let _turn = turn;
+                disk.take_away(&id, &path)
+            })
+            .await
+        };
+        let known = tokio::time::timeout_at(deadline, work)
+            .await
+            .map_err(|_| UnpublishError::Busy(target.to_string()))??;
+        if known {
+            self.changed();
+            tracing::info!(volume = %volume_id, %target, "volume unpublished");
+        }
+        Ok(())
+    }
+
+    /// How large a published volume is, and whether it is well. Never waits for long.
+    ///
+    /// # Errors
+    ///
+    /// [`StatsError::NotFound`] when this volume is not published at this target.
+    pub async fn stats(
+        &self,
+        volume_id: &VolumeId,
+        target: &TargetPath,
+    ) -> Result<VolumeStats, StatsError> {
+        let (disk, id, path) = (self.inner.disk.clone(), volume_id.clone(), target.clone());
+        let record = blocking(move || disk.published(&id, &path)).await?;
+        let (disk, path) = (self.inner.disk.clone(), target.clone());
+        let condition = blocking(move || disk.condition(&path));
+        let condition = tokio::time::timeout(STATS_TIMEOUT, condition).await.unwrap_or_else(|_| {
+            let seconds = STATS_TIMEOUT.as_secs();
+            Condition::Abnormal(format!("the mount at {target} did not answer for {seconds} s"))
+        });
+        Ok(VolumeStats { bytes: record.bytes, files: record.files, condition })
+    }
+
+    /// The published volumes. Reads the disk.
+    ///
+    /// # Errors
+    ///
+    /// When the records cannot be read.
+    pub async fn list(&self) -> Result<Vec<VolumeRecord>, StoreError> {
+        let disk = self.inner.disk.clone();
+        blocking(move || disk.list()).await
+    }
+
+    /// Changes its value whenever a volume is published or taken away.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.inner.changes.subscribe()
+    }
+
+    /// Compares the records with the mounts, as a start must: the agent may have been
+    /// killed, the node rebooted. `pods` is where the kubelet keeps the folders of pods.
+    ///
+    /// # Errors
+    ///
+    /// When the records cannot be read.
+    pub async fn reconcile(&self, pods: &Path) -> Result<Reconciled, StoreError> {
+        let (disk, pods): (Disk, PathBuf) = (self.inner.disk.clone(), pods.to_owned());
+        let outcome = blocking(move || disk.reconcile(&pods)).await?;
+        self.changed();
+        Ok(outcome)
+    }
+
+    /// Ends every wait with [`PublishError::Stopping`], now and from now on. Mounts stay.
+    pub fn stop(&self) {
+        self.inner.stop.cancel();
+    }
+
+    fn pull(&self, attributes: &VolumeAttributes, secret: PullSecret) -> KeepPulling {
+        let mut request = PullRequest::new(attributes.image.clone());
+        request.policy = attributes.pull_policy;
+        request.secret = secret;
+        KeepPulling { handle: Some(self.inner.puller.start(request)) }
+    }
+
+    async fn until<T>(
+        &self,
+        deadline: Instant,
+        withdrawn: &CancellationToken,
+        work: impl Future<Output = T>,
+    ) -> Result<T, Interrupted> {
+        tokio::select! {
+            // What is ready counts, even at the last moment.
+            biased;
+            done = work => Ok(done),
+            () = withdrawn.cancelled() => Err(Interrupted::Withdrawn),
+            () = self.inner.stop.cancelled() => Err(Interrupted::Stopping),
+            () = tokio::time::sleep_until(deadline) => Err(Interrupted::Deadline),
+        }
+    }
+
+    fn changed(&self) {
+        self.inner.changes.send_modify(|count| *count = count.wrapping_add(1));
+    }
+}
+
+/// A pull that goes on when the caller who waits for it goes away: the kubelet gives up
+/// after two minutes and asks again.
+struct KeepPulling {
+    handle: Option<PullHandle>,
+}
+
+impl KeepPulling {
+    fn handle(&self) -> &PullHandle {
+        self.handle.as_ref().expect("taken only when given up or dropped")
+    }
+
+    fn give_up(mut self) {
+        drop(self.handle.take());
+    }
+}
+
+impl Drop for KeepPulling {
+    fn drop(&mut self) {
+        if let Some(handle) = self.handle.take() {
+            handle.detach();
+        }
+    }
+}
+
+/// Runs `work` where it may block. A panic of it goes on here.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is being taken down, and this future with it.
+            Err(_) => std::future::pending().await,
+        },
+    }
+}

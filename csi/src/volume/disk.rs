@@ -1,0 +1,312 @@
+//! The half of volumes that touches records and mounts. All of it blocks.
+//!
+//! ```text
+//! publish:    record ─► look at the tree ─► make the target ─► mount
+//! unpublish:  unmount ─► remove the target ─► remove the record
+//! ```
+//!
+//! The record comes first and goes last: a crash at any point leaves a record that
+//! unpublish or the next start finds, and while it is there the image stays.
+
+use std::collections::HashSet;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::SystemTime;
+use std::{fs, io};
+
+use carport_image::Store;
+use carport_image::pull::Pulled;
+use carport_image::store::{RecordKind, Records, StoreError};
+
+use super::error::{PublishError, StatsError, UnpublishError};
+use super::record::{VolumeRecord, record_name};
+use super::{Condition, Reconciled, TargetPath, VolumeAttributes, VolumeId};
+use crate::mount::{FolderId, MountError, Mounter, TargetState, Tree};
+
+/// What the kubelet gives the folders of volumes that it makes itself. Hidden by the mount.
+const TARGET_MODE: u32 = 0o750;
+
+/// Which volume, where, showing what.
+#[derive(Debug, Clone)]
+pub(super) struct Wanted {
+    pub(super) volume_id: VolumeId,
+    pub(super) target: TargetPath,
+    pub(super) attributes: VolumeAttributes,
+}
+
+/// What stands at a target before a publish.
+#[derive(Debug)]
+pub(super) enum Standing {
+    /// The volume is there as wanted.
+    Published(Box<VolumeRecord>),
+    /// It has to be made.
+    Open,
+}
+
+/// Records and mounts.
+#[derive(Debug, Clone)]
+pub(super) struct Disk {
+    store: Store,
+    records: Records,
+    mounter: Arc<dyn Mounter>,
+}
+
+impl Disk {
+    pub(super) fn new(store: Store, mounter: Arc<dyn Mounter>) -> Self {
+        let records = store.records(RecordKind::Volumes);
+        Self { store, records, mounter }
+    }
+
+    /// Looks whether there is anything to do, or anything in the way.
+    pub(super) fn check(&self, wanted: &Wanted) -> Result<Standing, PublishError> {
+        let name = record_name(&wanted.volume_id, &wanted.target);
+        let record = self.record(&name)?;
+        match (self.mounter.state(wanted.target.as_path())?, record) {
+            (TargetState::Occupied(what), record) => {
+                // Not mounted, so the record is of a volume that is gone.
+                if record.is_some() {
+                    self.records.remove(&name)?;
+                }
+                Err(occupied(&wanted.target, what))
+            }
+            (TargetState::Mounted { id, read_only }, Some(record)) => {
+                let shown = self.mounter.identify(&self.tree(&record));
+                // A tree that is gone from the store is still there in the mount.
+                if !read_only || shown.is_ok_and(|shown| shown != id) {
+                    return Err(occupied(&wanted.target, "another mount"));
+                }
+                let asked = &wanted.attributes;
+                if record.image != asked.image || record.path != asked.path {
+                    return Err(PublishError::Incompatible {
+                        target: wanted.target.to_string(),
+                        volume: wanted.volume_id.to_string(),
+                        image: record.image.to_string(),
+                    });
+                }
+                Ok(Standing::Published(Box::new(record)))
+            }
+            // A mount without record is judged by `show`, which knows the tree.
+            (
+                TargetState::Absent
+                | TargetState::Empty
+                | TargetState::Dead
+                | TargetState::Mounted { .. },
+                _,
+            ) => Ok(Standing::Open),
+        }
+    }
+
+    /// Records and mounts a volume whose image is here; undoes all of it when that fails.
+    pub(super) fn commit(&self, wanted: &Wanted, pulled: &Pulled) -> Result<(), PublishError> {
+        let record = VolumeRecord {
+            volume_id: wanted.volume_id.clone(),
+            target: wanted.target.clone(),
+            image: wanted.attributes.image.clone(),
+            digest: pulled.digest,
+            path: wanted.attributes.path.clone(),
+            bytes: pulled.image.unpacked_bytes,
+            files: pulled.image.files,
+            pod: wanted.attributes.pod.clone(),
+            published_at: SystemTime::now(),
+        };
+        let name = record_name(&wanted.volume_id, &wanted.target);
+        let done = self
+            .records
+            .put(&name, &record)
+            .map_err(PublishError::from)
+            .and_then(|()| self.show(&self.tree(&record), &wanted.target));
+        done.map_err(|error| self.after_failure(wanted, error))
+    }
+
+    /// Removes what a publish leaves that did not get as far as a mount, and hands the
+    /// error on: the kubelet sends no unpublish after a final one.
+    pub(super) fn after_failure(&self, wanted: &Wanted, error: PublishError) -> PublishError {
+        let remove_target = match fs::remove_dir(wanted.target.as_path()) {
+            // A mount, or something with content: never ours.
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotADirectory => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(format!("remove {}: {e}", wanted.target)),
+            Ok(()) => Ok(()),
+        };
+        let name = record_name(&wanted.volume_id, &wanted.target);
+        let remove_record = self.records.remove(&name).map_err(|e| e.to_string());
+        match remove_target.and(remove_record) {
+            Ok(_) => error,
+            Err(undo) => PublishError::Unclean { error: Box::new(error), undo },
+        }
+    }
+
+    /// Takes a volume away. False when there was no such volume.
+    pub(super) fn take_away(
+        &self,
+        volume_id: &VolumeId,
+        target: &TargetPath,
+    ) -> Result<bool, UnpublishError> {
+        let name = record_name(volume_id, target);
+        let known = match self.records.get::<VolumeRecord>(&name) {
+            Ok(record) => record.is_some(),
+            // Unreadable, but it was there.
+            Err(StoreError::Corrupt(_)) => true,
+            Err(e) => return Err(e.into()),
+        };
+        if !known && !self.may_be_taken(target)? {
+            return Ok(false);
+        }
+        self.mounter.unmount(target.as_path())?;
+        match fs::remove_dir(target.as_path()) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => match e.kind() {
+                // An error here would hold the pod for ever, and the content is not ours.
+                io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotADirectory => {
+                    tracing::warn!(%target, why = %e, "left the target of an unpublished volume");
+                }
+                _ => return Err(MountError::new(format!("remove {target}"), e).into()),
+            },
+        }
+        self.records.remove(&name)?;
+        Ok(known)
+    }
+
+    /// Whether a target without record may be cleaned: nothing there, or only mounts
+    /// that show a store's trees or are dead. Their record may have been lost.
+    fn may_be_taken(&self, target: &TargetPath) -> Result<bool, UnpublishError> {
+        let records: Vec<(String, VolumeRecord)> = self.records.list()?;
+        if let Some((_, other)) = records.iter().find(|(_, record)| record.target == *target) {
+            tracing::warn!(%target, volume = %other.volume_id, "left another volume's target");
+            return Ok(false);
+        }
+        let path = target.as_path();
+        let mounts = self.mounter.under(path)?;
+        let foreign =
+            mounts.iter().find(|mount| mount.target == path && mount.shown_image().is_none());
+        match foreign {
+            Some(mount) if self.mounter.state(path)? != TargetState::Dead => {
+                tracing::warn!(%target, fs_type = mount.fs_type, "left a mount that is not ours");
+                Ok(false)
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// Whether a volume's mount is there.
+    pub(super) fn condition(&self, target: &TargetPath) -> Condition {
+        let what = match self.mounter.state(target.as_path()) {
+            Ok(TargetState::Mounted { read_only: true, .. }) => return Condition::Normal,
+            Ok(TargetState::Mounted { read_only: false, .. }) => "another mount is",
+            Ok(TargetState::Dead) => "a dead mount is",
+            Ok(TargetState::Absent | TargetState::Empty | TargetState::Occupied(_)) => {
+                "nothing is mounted"
+            }
+            Err(error) => return Condition::Abnormal(error.to_string()),
+        };
+        Condition::Abnormal(format!(
+            "{what} at {target}; delete the pod to have the image mounted again"
+        ))
+    }
+
+    /// The record of a published volume.
+    pub(super) fn published(
+        &self,
+        volume_id: &VolumeId,
+        target: &TargetPath,
+    ) -> Result<VolumeRecord, StatsError> {
+        self.records.get(&record_name(volume_id, target))?.ok_or_else(|| StatsError::NotFound {
+            volume: volume_id.to_string(),
+            target: target.to_string(),
+        })
+    }
+
+    /// All records.
+    pub(super) fn list(&self) -> Result<Vec<VolumeRecord>, StoreError> {
+        Ok(self.records.list()?.into_iter().map(|(_, record)| record).collect())
+    }
+
+    /// Compares records with mounts after a start.
+    pub(super) fn reconcile(&self, pods: &Path) -> Result<Reconciled, StoreError> {
+        let mut outcome = Reconciled::default();
+        let records: Vec<(String, VolumeRecord)> = self.records.list()?;
+        let targets: HashSet<&Path> =
+            records.iter().map(|(_, record)| record.target.as_path()).collect();
+        for (name, record) in &records {
+            let target = record.target.as_path();
+            match self.mounter.state(target) {
+                Ok(TargetState::Mounted { .. }) => outcome.mounted += 1,
+                Ok(TargetState::Dead) => {
+                    outcome.dead += 1;
+                    tracing::warn!(volume = %record.volume_id, target = %record.target,
+                        "a volume's mount is dead; its pod must be deleted");
+                }
+                // The kubelet publishes or unpublishes again, as it finds the pod.
+                Ok(TargetState::Absent | TargetState::Empty | TargetState::Occupied(_))
+                    if target.parent().is_some_and(Path::exists) =>
+                {
+                    outcome.waiting += 1;
+                }
+                Ok(_) => {
+                    self.records.remove(name)?;
+                    outcome.dropped += 1;
+                }
+                Err(error) => {
+                    tracing::warn!(volume = %record.volume_id, %error, "cannot tell a volume's state");
+                    outcome.waiting += 1;
+                }
+            }
+        }
+        match self.mounter.under(pods) {
+            Ok(mounts) => {
+                for mount in mounts {
+                    let Some(digest) = mount.shown_image() else { continue };
+                    if !targets.contains(mount.target.as_path()) {
+                        outcome.unknown += 1;
+                        tracing::warn!(target = %mount.target.display(), %digest,
+                            "a mounted image has no volume record; left alone");
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "cannot list the mounts of pods"),
+        }
+        Ok(outcome)
+    }
+
+    fn show(&self, tree: &Tree, target: &TargetPath) -> Result<(), PublishError> {
+        let path = target.as_path();
+        // After the record is written: from then on the store does not remove the tree.
+        let wanted: FolderId = self.mounter.identify(tree)?;
+        let state = self.mounter.state(path)?;
+        match state {
+            TargetState::Mounted { id, read_only: true } if id == wanted => return Ok(()),
+            TargetState::Mounted { .. } => return Err(occupied(target, "another mount")),
+            TargetState::Occupied(what) => return Err(occupied(target, what)),
+            TargetState::Dead => self.mounter.unmount(path)?,
+            TargetState::Absent => fs::DirBuilder::new()
+                .mode(TARGET_MODE)
+                .create(path)
+                .map_err(|e| MountError::new(format!("create the target folder {target}"), e))?,
+            TargetState::Empty => {}
+        }
+        Ok(self.mounter.mount_tree(tree, path)?)
+    }
+
+    fn tree(&self, record: &VolumeRecord) -> Tree {
+        Tree { rootfs: self.store.rootfs(&record.digest), path: record.path.clone() }
+    }
+
+    /// A record that is damaged counts as lost: what it said is found out again.
+    fn record(&self, name: &str) -> Result<Option<VolumeRecord>, StoreError> {
+        match self.records.get(name) {
+            Err(StoreError::Corrupt(why)) => {
+                tracing::warn!(%why, "a volume's record is damaged; it is written anew");
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+}
+
+fn occupied(target: &TargetPath, what: &'static str) -> PublishError {
+    PublishError::Occupied { target: target.to_string(), what }
+}
