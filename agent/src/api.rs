@@ -1,0 +1,280 @@
+//! The node's gRPC API on a unix socket.
+//!
+//! ```text
+//! socket ─► LocalityService ─┐                       ┌─ NodeState (watch)
+//!        ─► GpuService ──────┼─► placement, list ◄────┤
+//!        ─► CacheService ────┤                       └─ Puller::pulls (live bytes)
+//!        ─► health, reflection
+//! ```
+//!
+//! # What always holds
+//!
+//! - **Answers come from memory.** No call waits for disk, registry or NVML; `Prefetch`
+//!   starts a pull and does not wait for it.
+//! - **Wrong requests are told which field is wrong**: `INVALID_ARGUMENT` with a
+//!   `google.rpc.BadRequest`. Fields that this version does not serve are refused, not ignored.
+//! - **One agent a socket.** A stale socket is replaced, a live one is left alone.
+//!
+//! Who may call is who may open the socket (mode 0660): the wire itself asks nobody.
+
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, bail};
+use carport_image::Puller;
+use carport_proto::carport::v1::cache_service_server::CacheServiceServer;
+use carport_proto::carport::v1::gpu_service_server::GpuServiceServer;
+use carport_proto::carport::v1::locality_service_server::LocalityServiceServer;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic_health::server::HealthReporter;
+
+use crate::run::Phase;
+use crate::state::NodeState;
+
+mod cache;
+pub mod convert;
+pub mod gpu;
+mod list;
+mod locality;
+mod mask;
+
+/// A request of 32 models, or of a few thousand node names, is far smaller.
+const MAX_REQUEST_BYTES: usize = 1 << 20;
+/// Calls of one connection at a time.
+const MAX_CALLS: usize = 64;
+
+/// What the services answer from.
+#[derive(Clone)]
+pub struct Api {
+    node_name: String,
+    state: watch::Receiver<Arc<NodeState>>,
+    phase: watch::Receiver<Phase>,
+    puller: Puller,
+}
+
+impl Api {
+    /// Services that answer for `node_name` from `state`.
+    pub fn new(
+        node_name: String,
+        state: watch::Receiver<Arc<NodeState>>,
+        phase: watch::Receiver<Phase>,
+        puller: Puller,
+    ) -> Self {
+        Self { node_name, state, phase, puller }
+    }
+
+    /// Serves on `socket` until `stop`, then lets calls under way end.
+    ///
+    /// # Errors
+    ///
+    /// When the transport fails.
+    pub async fn serve(&self, socket: Socket, stop: CancellationToken) -> anyhow::Result<()> {
+        let (health, health_service) = tonic_health::server::health_reporter();
+        set_serving(&health).await;
+        let descriptors = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(carport_proto::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        let reflection = descriptors().build_v1().context("build the reflection service")?;
+        // What grpcurl before 1.9 asks.
+        let older = descriptors().build_v1alpha().context("build the reflection service")?;
+        let locality = LocalityServiceServer::new(self.clone());
+        let gpu = GpuServiceServer::new(self.clone());
+        let cache = CacheServiceServer::new(self.clone());
+        let Socket { listener, path } = socket;
+        let incoming = UnixListenerStream::new(listener);
+        let mut server = tonic::transport::Server::builder()
+            .concurrency_limit_per_connection(MAX_CALLS)
+            .timeout(Duration::from_secs(60));
+        let result = server
+            .add_service(locality.max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(gpu.max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(cache.max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(health_service)
+            .add_service(reflection)
+            .add_service(older)
+            .serve_with_incoming_shutdown(incoming, async move {
+                stop.cancelled().await;
+                set_not_serving(&health).await;
+            })
+            .await;
+        result.with_context(|| format!("serve {}", path.path.display()))
+    }
+
+    fn state(&self) -> Arc<NodeState> {
+        self.state.borrow().clone()
+    }
+
+    fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    /// How old the state is: nothing while it is kept, for it changes when the node does.
+    fn state_age(&self) -> Duration {
+        let kept = self.state.has_changed().is_ok();
+        if kept {
+            return Duration::ZERO;
+        }
+        SystemTime::now().duration_since(self.state.borrow().observed_at).unwrap_or_default()
+    }
+
+    fn is_this_node(&self, name: &str) -> Result<(), Status> {
+        if name.is_empty() || name == self.node_name {
+            return Ok(());
+        }
+        let name: String = name.chars().take(253).collect();
+        Err(Status::not_found(format!(
+            "node {name}: this agent answers for {} only",
+            self.node_name
+        )))
+    }
+}
+
+async fn set_serving(health: &HealthReporter) {
+    health.set_serving::<LocalityServiceServer<Api>>().await;
+    health.set_serving::<GpuServiceServer<Api>>().await;
+    health.set_serving::<CacheServiceServer<Api>>().await;
+}
+
+async fn set_not_serving(health: &HealthReporter) {
+    health.set_not_serving::<LocalityServiceServer<Api>>().await;
+    health.set_not_serving::<GpuServiceServer<Api>>().await;
+    health.set_not_serving::<CacheServiceServer<Api>>().await;
+}
+
+/// A unix socket that listens and is not served yet. Dropping it removes the file.
+#[derive(Debug)]
+pub struct Socket {
+    listener: UnixListener,
+    path: SocketPath,
+}
+
+/// The file of a socket of ours.
+#[derive(Debug)]
+struct SocketPath {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl Socket {
+    /// Listens on `path`, mode 0660. Its directory is made where it is missing.
+    ///
+    /// # Errors
+    ///
+    /// When another agent serves it, or it cannot be made.
+    pub async fn bind(path: &Path) -> anyhow::Result<Self> {
+        let shown = path.display();
+        let directory = path.parent().context("a socket needs a directory")?;
+        make_directory(directory)
+            .with_context(|| format!("make {} for the socket", directory.display()))?;
+        match std::fs::symlink_metadata(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("look at {shown}")),
+            Ok(meta) => {
+                use std::os::unix::fs::FileTypeExt as _;
+                if !meta.file_type().is_socket() {
+                    bail!(
+                        "{shown} is in the way: not a socket; remove it or choose another --socket"
+                    );
+                }
+                if UnixStream::connect(path).await.is_ok() {
+                    bail!(
+                        "{shown} is served by another agent; stop that one, or give this one its \
+                         own --socket and --root"
+                    );
+                }
+                tracing::info!(socket = %shown, "replace a stale socket");
+            }
+        }
+        // Under another name first, so that nobody sees it before its mode is right.
+        let temporary = directory.join(format!(".{}", std::process::id()));
+        match std::fs::remove_file(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("remove {}", temporary.display()));
+            }
+            _ => {}
+        }
+        let listener =
+            UnixListener::bind(&temporary).with_context(|| format!("listen on {shown}"))?;
+        let ready = std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o660))
+            .and_then(|()| std::fs::symlink_metadata(&temporary))
+            .and_then(|meta| std::fs::rename(&temporary, path).map(|()| meta.ino()));
+        match ready {
+            Ok(inode) => Ok(Self { listener, path: SocketPath { path: path.into(), inode } }),
+            Err(error) => {
+                let _ = std::fs::remove_file(&temporary);
+                Err(error).with_context(|| format!("put the socket at {shown}"))
+            }
+        }
+    }
+}
+
+impl Drop for SocketPath {
+    /// Removes the file, unless another agent has put its own there since.
+    fn drop(&mut self) {
+        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode);
+        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(socket = %self.path.display(), %error, "remove the socket");
+        }
+    }
+}
+
+/// Open to all, whatever the umask says; a directory that is there keeps its mode.
+fn make_directory(directory: &Path) -> std::io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(directory)?;
+    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/carport.sock");
+        let first = Socket::bind(&path).await.unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o660);
+        let refused = Socket::bind(&path).await.unwrap_err().to_string();
+        assert!(refused.contains("served by another agent"), "{refused}");
+        drop(first);
+        assert!(!path.exists());
+        // As a killed agent leaves it.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        drop(Socket::bind(&path).await.unwrap());
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("carport.sock");
+        std::fs::write(&path, "precious").unwrap();
+        let refused = Socket::bind(&path).await.unwrap_err().to_string();
+        assert!(refused.contains("in the way"), "{refused}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+
+    #[tokio::test]
+    async fn another_agent_s_socket_is_not_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("carport.sock");
+        let first = Socket::bind(&path).await.unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _second = Socket::bind(&path).await.unwrap();
+        drop(first);
+        assert!(path.exists());
+    }
+}

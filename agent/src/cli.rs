@@ -1,0 +1,429 @@
+//! The command line: what can be said, and how it lays over the configuration file.
+//!
+//! Values are parsed here with the same functions as the file's, so that a wrong one is a usage
+//! error (exit code 2) that names the flag. `--help` is meant to teach: each command says
+//! what it does, what its JSON looks like, and shows an example.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use carport_image::Reference;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::text;
+use crate::config::{Config, ConfigError, LogFormat};
+
+/// One copy of each model on the node, mounted into every pod.
+///
+/// carport brings model images ("modelcars" and other OCI images) to a node once, keeps equal
+/// bytes once, and mounts them read-only. `carport agent` is the daemon of a Kubernetes node; the other
+/// commands work on the same store with or without it, also for an ordinary user.
+#[derive(Debug, Parser)]
+#[command(name = "carport", version, max_term_width = 100, after_long_help = EXAMPLES)]
+pub struct Cli {
+    /// What every command takes.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  Pack a folder, pull the result, and look at it:
+    carport pack ./llama oci:/tmp/llama:v1
+    carport pull oci:/tmp/llama:v1
+    carport ls
+    carport mount oci:/tmp/llama:v1 /mnt/llama
+
+  Run the node's daemon, and ask it:
+    carport agent --config /etc/carport/config.yaml
+    carport status
+    carport locate registry.example/team/llama:v1
+
+References:
+  registry.example/team/llama:v1          a registry; also @sha256:… or oci://…
+  oci:/path/to/layout:tag                 an OCI layout folder
+
+Exit codes: 0 done, 1 could not (one line on standard error says what and why), 2 wrong usage.
+Data goes to standard output, progress and logs to standard error.";
+
+/// What every command takes.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Global {
+    /// Form of what goes to standard output.
+    #[arg(
+        short,
+        long,
+        global = true,
+        help_heading = "For every command",
+        value_name = "FORM",
+        default_value = "text"
+    )]
+    pub output: Output,
+    /// The configuration file [default: /etc/carport/config.yaml, where it exists].
+    #[arg(
+        long,
+        global = true,
+        help_heading = "For every command",
+        env = "CARPORT_CONFIG",
+        value_name = "FILE"
+    )]
+    pub config: Option<PathBuf>,
+    /// The store's directory [default: /var/lib/carport; ordinary user: ~/.local/share/carport].
+    #[arg(long, global = true, help_heading = "For every command", env = "CARPORT_ROOT", value_name = "DIR", value_parser = text::parse_absolute)]
+    pub root: Option<PathBuf>,
+    /// The daemon's socket [default: /run/carport/carport.sock; ordinary user: in $XDG_RUNTIME_DIR].
+    #[arg(long, global = true, help_heading = "For every command", env = "CARPORT_SOCKET", value_name = "PATH", value_parser = text::parse_socket_path)]
+    pub socket: Option<PathBuf>,
+    /// What is logged: error, warn, info, debug, trace, or directives [default: agent info, else error].
+    #[arg(long, global = true, help_heading = "For every command", env = "CARPORT_LOG_LEVEL", value_name = "LEVEL", value_parser = text::parse_log_level)]
+    pub log_level: Option<String>,
+    /// How it is logged.
+    #[arg(
+        long,
+        global = true,
+        help_heading = "For every command",
+        env = "CARPORT_LOG_FORMAT",
+        value_name = "FORM"
+    )]
+    pub log_format: Option<LogFormat>,
+}
+
+/// Form of what goes to standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object or array, with field names that stay.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the node's daemon until SIGTERM or SIGINT.
+    ///
+    /// Serves the CSI driver to the kubelet, the gRPC API on a unix socket, and metrics and health
+    /// over HTTP. On SIGTERM the sockets go, pulls stop where they can go on later, and mounts stay.
+    Agent(AgentArgs),
+    /// Bring images into the store.
+    ///
+    /// Fetches what the store lacks, verifies it, and keeps each file once. Needs no daemon.
+    ///
+    /// JSON: an array of {reference, digest, packaging, unpacked_bytes, files, fetched_bytes,
+    /// written_bytes, already_present, seconds}.
+    #[command(after_help = "Example:\n  carport pull registry.example/team/llama:v1")]
+    Pull(PullArgs),
+    /// Make an image of a folder, one uncompressed layer a file.
+    ///
+    /// DEST is an OCI layout folder (oci:/path:tag) or a registry (host/repo:tag). The files stand
+    /// below /models in the image, where KServe looks for them.
+    ///
+    /// JSON: {destination, digest, layers, bytes}.
+    #[command(after_help = "Example:\n  carport pack ./llama oci:/tmp/llama:v1")]
+    Pack(PackArgs),
+    /// List the images in the store.
+    ///
+    /// JSON: an array of {digest, references, packaging, unpacked_bytes, files, layers: [{digest,
+    /// size_bytes, diff_id}], pulled_at}.
+    Ls,
+    /// Mount an image read-only on a folder, pulling it first where it is not stored.
+    ///
+    /// As root a kernel mount of the stored files, which needs no process to stay. As an ordinary
+    /// user it goes through FUSE (package fuse3), for this user's eyes only, and a process in the
+    /// background serves it until `carport umount`.
+    ///
+    /// JSON: {reference, digest, target}.
+    #[command(after_help = "Example:\n  carport mount oci:/tmp/llama:v1 /mnt/llama")]
+    Mount(MountArgs),
+    /// Take a mount away; the image stays in the store.
+    ///
+    /// Who has files open may read on, and the folder is free at once.
+    ///
+    /// JSON: {target, unmounted, still_open}; `still_open` is false for a kernel mount.
+    Umount {
+        /// Where it is mounted.
+        #[arg(value_name = "DIR")]
+        target: PathBuf,
+    },
+    /// Ask the daemon how the node is: store, models, pulls under way, GPUs.
+    ///
+    /// JSON: {node_name, agent_version, state, epoch, sequence, reasons: [{code, message}], store:
+    /// {capacity_bytes, used_bytes, free_bytes, mounted_bytes, reclaimable_bytes,
+    /// dedupe_saved_bytes}, models: [{reference, digest, state, total_bytes, present_bytes,
+    /// download_bytes, mount_count, pull: {done_bytes, total_bytes, bytes_per_second, eta_seconds},
+    /// error}], gpus: as `carport gpus`}. What is not known is null.
+    Status,
+    /// Show the GPUs, from the daemon or, where none runs, from NVML.
+    ///
+    /// JSON: {provider: {state, message}, driver_version, nvml_version, cuda_driver_version, gpus:
+    /// [{uuid, index, product, memory, health, processes, …}], sampled_at, generation}.
+    Gpus,
+    /// Ask the daemon how far the models are from being here.
+    ///
+    /// JSON: an array of {node_name, score, state, missing_bytes, eta_seconds, eta_p90_seconds, fits,
+    /// fits_without_eviction, free_bytes, models (as in `carport status`), gpu: {free_count,
+    /// matching_count, candidate_uuids}, reasons: [{code, message}]}. What is not known is null.
+    #[command(
+        after_help = "Example:\n  carport locate registry.example/team/llama:v1 --gpus 2 --gpu-memory 80GB"
+    )]
+    Locate(LocateArgs),
+    /// Take images out of the store.
+    ///
+    /// Their bytes go with `carport gc`. An image that a volume uses is refused.
+    ///
+    /// JSON: an array of {reference, digest, removed}.
+    Rm {
+        /// References, or digests as `carport ls` shows them.
+        #[arg(value_name = "REF", required = true)]
+        references: Vec<String>,
+    },
+    /// Delete the bytes that no image uses.
+    ///
+    /// JSON: {objects, bytes}.
+    Gc,
+}
+
+/// Flags of `carport agent`.
+#[derive(Debug, Default, Args)]
+pub struct AgentArgs {
+    /// This node's name [default: the host's].
+    #[arg(long, env = "CARPORT_NODE_NAME", value_name = "NAME", value_parser = text::parse_node_name)]
+    pub node_name: Option<String>,
+    /// Where metrics and health are served [default: 127.0.0.1:9760].
+    #[arg(long, env = "CARPORT_HTTP_LISTEN", value_name = "IP:PORT", value_parser = text::parse_socket_addr)]
+    pub http_listen: Option<SocketAddr>,
+    /// Whether volumes are served to the kubelet [default: true for root].
+    #[arg(long, env = "CARPORT_CSI", value_name = "BOOL")]
+    pub csi: Option<bool>,
+    /// The CSI driver's name [default: csi.carport.dev].
+    #[arg(long, env = "CARPORT_CSI_DRIVER_NAME", value_name = "NAME", value_parser = text::parse_driver_name)]
+    pub csi_driver_name: Option<String>,
+    /// The kubelet's directory [default: /var/lib/kubelet].
+    #[arg(long, env = "CARPORT_KUBELET_DIR", value_name = "DIR", value_parser = text::parse_absolute)]
+    pub kubelet_dir: Option<PathBuf>,
+    /// The list of images to have on this node.
+    #[arg(long, env = "CARPORT_PREPULL_LIST", value_name = "FILE", value_parser = text::parse_absolute)]
+    pub prepull_list: Option<PathBuf>,
+    /// Whether GPUs are looked at [default: true].
+    #[arg(long, env = "CARPORT_GPU", value_name = "BOOL")]
+    pub gpu: Option<bool>,
+    /// The NVML library [default: as the dynamic loader finds it].
+    #[arg(long, env = "CARPORT_GPU_LIBRARY", value_name = "FILE", value_parser = text::parse_absolute)]
+    pub gpu_library: Option<PathBuf>,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+    /// Print the configuration that would be used, and exit.
+    #[arg(long)]
+    pub print_config: bool,
+}
+
+/// How registries are spoken to.
+#[derive(Debug, Default, Clone, Args)]
+pub struct RegistryArgs {
+    /// Speak to these registries without TLS.
+    #[arg(long, env = "CARPORT_PLAIN_HTTP", value_name = "HOST[:PORT]", value_delimiter = ',', value_parser = text::parse_host)]
+    pub plain_http: Vec<String>,
+    /// A docker config.json with credentials [default: $DOCKER_CONFIG or ~/.docker].
+    #[arg(long, env = "CARPORT_DOCKER_CONFIG", value_name = "FILE", value_parser = text::parse_absolute)]
+    pub docker_config: Option<PathBuf>,
+}
+
+/// Flags of `carport pull`.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// What to pull.
+    #[arg(value_name = "REF", required = true)]
+    pub references: Vec<Reference>,
+    /// Ask the registry what a tag means now, also where the store knows it.
+    #[arg(long)]
+    pub always: bool,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Flags of `carport pack`.
+#[derive(Debug, Args)]
+pub struct PackArgs {
+    /// The folder.
+    #[arg(value_name = "DIR")]
+    pub source: PathBuf,
+    /// Where the image goes.
+    #[arg(value_name = "DEST")]
+    pub destination: Reference,
+    /// The image's title [default: the folder's name].
+    #[arg(long, value_name = "TEXT")]
+    pub title: Option<String>,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Flags of `carport mount`.
+#[derive(Debug, Args)]
+pub struct MountArgs {
+    /// What to mount.
+    #[arg(value_name = "REF")]
+    pub reference: Reference,
+    /// Where; made when it does not exist.
+    #[arg(value_name = "DIR")]
+    pub target: PathBuf,
+    /// Mount only this folder of the image.
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    pub path: String,
+    /// Serve it in this process until unmounted or interrupted; for ordinary users.
+    #[arg(long)]
+    pub foreground: bool,
+    /// Serve under this name, away from the terminal; for this program itself.
+    #[arg(long, hide = true, requires = "foreground", value_name = "NAME")]
+    pub serve: Option<String>,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Flags of `carport locate`.
+#[derive(Debug, Args)]
+pub struct LocateArgs {
+    /// The models that must all be there; shared bytes count once.
+    #[arg(value_name = "REF", required = true)]
+    pub references: Vec<String>,
+    /// Ask for this many free GPUs, too.
+    #[arg(long, value_name = "COUNT")]
+    pub gpus: Option<u32>,
+    /// Free memory on each of them.
+    #[arg(long, value_name = "SIZE", requires = "gpus")]
+    pub gpu_memory: Option<bytesize::ByteSize>,
+    /// At least this compute capability, such as 9.0.
+    #[arg(long, value_name = "X.Y", requires = "gpus")]
+    pub compute_capability: Option<String>,
+    /// A regular expression that the GPU's product name matches.
+    #[arg(long, value_name = "REGEX", requires = "gpus")]
+    pub gpu_product: Option<String>,
+}
+
+impl Global {
+    /// The configuration: the file, then the environment and flags that all commands share.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`], when the file is not to be read or wrong.
+    pub fn load(&self) -> Result<Config, ConfigError> {
+        let mut config = Config::load(self.config.as_deref())?;
+        set(&mut config.root, &self.root);
+        set(&mut config.api.socket, &self.socket);
+        set(&mut config.log.level, &self.log_level);
+        set(&mut config.log.format, &self.log_format);
+        Ok(config)
+    }
+}
+
+impl RegistryArgs {
+    /// Lays the flags over `config`.
+    pub fn apply(&self, config: &mut Config) {
+        if !self.plain_http.is_empty() {
+            config.registries.plain_http.clone_from(&self.plain_http);
+        }
+        if self.docker_config.is_some() {
+            config.registries.docker_config.clone_from(&self.docker_config);
+        }
+    }
+}
+
+impl AgentArgs {
+    /// Lays the flags over `config`.
+    pub fn apply(&self, config: &mut Config) {
+        set(&mut config.node_name, &self.node_name);
+        set(&mut config.http.listen, &self.http_listen);
+        set(&mut config.csi.enabled, &self.csi);
+        set(&mut config.csi.driver_name, &self.csi_driver_name);
+        set(&mut config.csi.kubelet_dir, &self.kubelet_dir);
+        set(&mut config.gpu.enabled, &self.gpu);
+        if self.gpu_library.is_some() {
+            config.gpu.library.clone_from(&self.gpu_library);
+        }
+        if self.prepull_list.is_some() {
+            config.prepull.list.clone_from(&self.prepull_list);
+        }
+        self.registry.apply(config);
+    }
+}
+
+fn set<T: Clone>(field: &mut T, given: &Option<T>) {
+    if let Some(value) = given {
+        field.clone_from(value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("carport").chain(arguments.iter().copied()))
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_stand_before_or_behind_the_command() {
+        for arguments in [["-o", "json", "ls"], ["ls", "-o", "json"]] {
+            assert_eq!(parse(&arguments).unwrap().global.output, Output::Json);
+        }
+    }
+
+    #[test]
+    fn a_wrong_value_is_a_usage_error_that_names_the_flag() {
+        for (arguments, part) in [
+            (vec!["agent", "--node-name", "A b"], "--node-name"),
+            (vec!["agent", "--http-listen", "9760"], "127.0.0.1:9760"),
+            (vec!["ls", "--root", "here"], "absolute"),
+            (vec!["pull"], "REF"),
+            (vec!["pull", "Not A Reference"], "Not A Reference"),
+            (vec!["locate", "a/b:c", "--gpu-memory", "80GB"], "--gpus"),
+        ] {
+            let error = parse(&arguments).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("c.yaml");
+        std::fs::write(&file, "nodeName: a\nroot: /a\nlog: {level: warn}\n").unwrap();
+        let cli = parse(&[
+            "agent",
+            "--config",
+            file.to_str().unwrap(),
+            "--root",
+            "/b",
+            "--csi",
+            "false",
+            "--plain-http",
+            "r:5000,s",
+            "--http-listen",
+            "127.0.0.1:1",
+        ]);
+        let cli = cli.unwrap();
+        let mut config = cli.global.load().unwrap();
+        let Command::Agent(arguments) = &cli.command else { panic!("agent") };
+        arguments.apply(&mut config);
+        assert_eq!(config.node_name, "a");
+        assert_eq!(config.root.to_str().unwrap(), "/b");
+        assert_eq!(config.log.level, "warn");
+        assert!(!config.csi.enabled);
+        assert_eq!(config.registries.plain_http, ["r:5000", "s"]);
+        assert_eq!(config.http.listen.port(), 1);
+    }
+}

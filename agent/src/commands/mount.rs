@@ -1,0 +1,119 @@
+//! `carport mount` and `carport umount`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, bail};
+use carport_csi::fuse;
+use carport_csi::mount::{ImagePath, KernelMounter, Mounter, TargetState, Tree};
+use carport_image::{Digest, Reference};
+use serde::{Deserialize, Serialize};
+
+use super::open_puller;
+use super::pull::pull_one;
+use crate::cli::{Global, MountArgs, Output};
+use crate::config::Config;
+use crate::output::print;
+
+mod claim;
+mod served;
+
+pub(super) use claim::served_at;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Mounted {
+    reference: String,
+    digest: String,
+    target: PathBuf,
+}
+
+impl Mounted {
+    fn new(reference: &Reference, digest: &Digest, target: PathBuf) -> Self {
+        Self { reference: reference.to_string(), digest: digest.to_string(), target }
+    }
+
+    fn print(&self, output: Output) -> anyhow::Result<()> {
+        let text = |m: &Self| format!("{} on {} (read-only)", m.reference, m.target.display());
+        print(output, self, text)
+    }
+}
+
+pub(super) async fn mount(
+    global: &Global,
+    mut config: Config,
+    arguments: MountArgs,
+) -> anyhow::Result<()> {
+    arguments.registry.apply(&mut config);
+    config.check()?;
+    let target = std::path::absolute(&arguments.target).context("find the current folder")?;
+    let path = match ImagePath::parse(&arguments.path) {
+        Ok(path) => path,
+        Err(why) => bail!("--path {:?} {why}; name a folder of the image", arguments.path),
+    };
+    if !rustix::process::geteuid().is_root() {
+        return served::mount(global, config, arguments, target, path).await;
+    }
+    if arguments.foreground {
+        bail!("--foreground: for ordinary users; a mount of root's needs no process to stay");
+    }
+    let puller = open_puller(&config)?;
+    let pulled = pull_one(global.output, &puller, &arguments.reference).await?;
+    let rootfs = puller.store().rootfs(&pulled.digest);
+    let target = tokio::task::spawn_blocking(move || {
+        mount_kernel(&KernelMounter, &Tree { rootfs, path }, &target).map(|()| target)
+    });
+    let target = target.await.context("mount")??;
+    Mounted::new(&arguments.reference, &pulled.digest, target).print(global.output)
+}
+
+/// Mounts once; a second call for the same folder changes nothing.
+fn mount_kernel(mounter: &dyn Mounter, tree: &Tree, target: &Path) -> anyhow::Result<()> {
+    let shown = target.display();
+    match mounter.state(target)? {
+        TargetState::Absent => {
+            std::fs::create_dir_all(target).with_context(|| format!("make {shown}"))?;
+        }
+        TargetState::Empty => {}
+        TargetState::Occupied(what) => bail!("mount on {shown}: {what}; choose an empty folder"),
+        TargetState::Mounted { id, read_only } => {
+            if read_only && id == mounter.identify(tree)? {
+                return Ok(());
+            }
+            bail!(
+                "mount on {shown}: something else is mounted there; `carport umount {shown}` first"
+            );
+        }
+        TargetState::Dead => mounter.unmount(target)?,
+    }
+    Ok(mounter.mount_tree(tree, target)?)
+}
+
+#[derive(Debug, Serialize)]
+struct Unmounted {
+    target: PathBuf,
+    unmounted: bool,
+    still_open: bool,
+}
+
+pub(super) fn umount(output: Output, config: &Config, target: &Path) -> anyhow::Result<()> {
+    let target = std::path::absolute(target).context("find the current folder")?;
+    let shown = target.display();
+    // Only what carport mounted: as root this command must not take /home away.
+    let mounts = KernelMounter.under(&target)?;
+    let mount = mounts.iter().rfind(|mount| mount.target == target);
+    let served = mount.is_some_and(|mount| mount.fs_type == fuse::FS_TYPE);
+    if !served && mount.is_none_or(|mount| mount.shown_image().is_none()) {
+        bail!("umount {shown}: no image is mounted there");
+    }
+    let mut still_open = false;
+    if served {
+        fuse::unmount(&target)?;
+        still_open = !served::wait_for_end(config, &target)?;
+    } else {
+        KernelMounter.unmount(&target)?;
+    }
+    let unmounted = Unmounted { target: target.clone(), unmounted: true, still_open };
+    print(output, &unmounted, |u| match u.still_open {
+        false => format!("unmounted {shown}"),
+        true => format!("unmounted {shown}; files of it are still open, and served until closed"),
+    })
+}

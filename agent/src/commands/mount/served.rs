@@ -1,0 +1,248 @@
+//! `carport mount` for who may not use the kernel's mounts: a process of this user
+//! serves the image through FUSE.
+//!
+//! ```text
+//! command:  pull ─► start itself again, apart from the terminal ─► wait for its line
+//! server:   claim ─► mount ─► line ─► serve until unmounted ─► claim removed
+//! ```
+//!
+//! The claim ([`super::claim`]) keeps the image while it is served. Afterwards the server
+//! writes to its log only, so that nobody need be there to listen.
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context as _, bail};
+use carport_csi::fuse::{self, FuseMount};
+use carport_csi::mount::{ImagePath, KernelMounter, Mounter as _, TargetState, Tree};
+use carport_csi::volume::{TargetPath, VolumeId, VolumeRecord};
+use carport_image::store::StoredImage;
+use carport_image::{Digest, Reference, Store};
+use rustix::process::{Resource, Rlimit};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::Mounted;
+use super::claim::{self, Claims};
+use crate::cli::{Global, MountArgs, Output};
+use crate::commands::pull::pull_one;
+use crate::commands::{open_puller, open_store};
+use crate::config::Config;
+use crate::output::print;
+
+/// How long an unmounted server may take to end, and one that is told to end may go on
+/// for who has files open.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is mounted where.
+struct Wanted {
+    reference: Reference,
+    target: PathBuf,
+    path: Option<ImagePath>,
+}
+
+/// Mounts as an ordinary user.
+pub(super) async fn mount(
+    global: &Global,
+    config: Config,
+    arguments: MountArgs,
+    target: PathBuf,
+    path: Option<ImagePath>,
+) -> anyhow::Result<()> {
+    let output = global.output;
+    let wanted = Wanted { reference: arguments.reference, target, path };
+    if let Some(name) = arguments.serve {
+        // What a shell does to its background jobs is not for this one.
+        rustix::process::setsid().context("leave the terminal")?;
+        std::env::set_current_dir("/").context("leave the current folder")?;
+        let store = open_store(&config)?;
+        let digest = store.lookup(&wanted.reference)?;
+        let digest = digest.with_context(|| format!("{}: not stored", wanted.reference))?;
+        return serve(output, store, digest, wanted, name).await;
+    }
+    // Before a pull of hours.
+    fuse::check()?;
+    let there = clear_target(&wanted.target)?;
+    let puller = open_puller(&config)?;
+    let digest = pull_one(output, &puller, &wanted.reference).await?.digest;
+    let store = puller.store().clone();
+    if there == Target::Mounted {
+        let target = wanted.target.display();
+        let same = |claim: &VolumeRecord| {
+            claim.target.as_path() == wanted.target
+                && claim.digest == digest
+                && claim.path == wanted.path
+        };
+        if !Claims::of(&store).living()?.iter().any(same) {
+            bail!(
+                "mount on {target}: something else is mounted there; `carport umount {target}` first"
+            );
+        }
+        return Mounted::new(&wanted.reference, &digest, wanted.target).print(output);
+    }
+    let name = claim::new_name();
+    if arguments.foreground {
+        return serve(output, store, digest, wanted, name).await;
+    }
+    let (global, root) = (global.clone(), store.root().to_owned());
+    let mounted = tokio::task::spawn_blocking(move || start(&global, &root, &wanted, &name));
+    mounted.await.context("mount")??.print(output)
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Target {
+    Ready,
+    Mounted,
+}
+
+/// Makes the folder where there is none, and takes a dead mount away.
+fn clear_target(target: &Path) -> anyhow::Result<Target> {
+    let shown = target.display();
+    match KernelMounter.state(target)? {
+        TargetState::Absent => {
+            fs::create_dir_all(target).with_context(|| format!("make {shown}"))?;
+        }
+        TargetState::Empty => {}
+        TargetState::Occupied(what) => bail!("mount on {shown}: {what}; choose an empty folder"),
+        TargetState::Mounted { .. } => return Ok(Target::Mounted),
+        TargetState::Dead => fuse::unmount(target)?,
+    }
+    Ok(Target::Ready)
+}
+
+/// Starts the server and waits until it has mounted, or says why it has not.
+fn start(global: &Global, root: &Path, wanted: &Wanted, name: &str) -> anyhow::Result<Mounted> {
+    let log = claim::file(root, name)?;
+    let mut command = Command::new(std::env::current_exe().context("find this program")?);
+    if let Some(config) = &global.config {
+        command.arg("--config").arg(std::path::absolute(config).context("find the configuration")?);
+    }
+    command.arg("--root").arg(root).args(["--output", "json", "mount", "--foreground", "--serve"]);
+    command.arg(name);
+    if let Some(path) = &wanted.path {
+        command.arg("--path").arg(path.as_path());
+    }
+    command.arg("--").arg(wanted.reference.to_string()).arg(&wanted.target);
+    let errors = File::create(&log).with_context(|| format!("write {}", log.display()))?;
+    let mut server = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(errors)
+        .spawn()
+        .context("start the serving process")?;
+    // One JSON object, and then the end of the output, or of the process.
+    let mut answer = String::new();
+    if let Some(output) = server.stdout.take() {
+        for line in BufReader::new(output).lines() {
+            answer.push_str(&line.context("ask the serving process")?);
+            if let Ok(mounted) = serde_json::from_str(&answer) {
+                return Ok(mounted);
+            }
+        }
+    }
+    let status = server.wait().context("wait for the serving process")?;
+    let said = fs::read_to_string(&log).unwrap_or_default();
+    let _ = fs::remove_file(&log);
+    let mut said: Vec<&str> =
+        said.lines().map(|line| line.trim_start_matches("carport: ")).collect();
+    // What is wrong comes last; what the helper said before it is why.
+    said.reverse();
+    match said.is_empty() {
+        true => bail!("mount on {}: the serving process ended ({status})", wanted.target.display()),
+        false => bail!("{}", said.join("; ")),
+    }
+}
+
+/// Mounts and serves in this process.
+async fn serve(
+    output: Output,
+    store: Store,
+    digest: Digest,
+    wanted: Wanted,
+    name: String,
+) -> anyhow::Result<()> {
+    let on = |kind| signal(kind).context("wait for signals");
+    let mut terminate = on(SignalKind::terminate())?;
+    let mut interrupt = on(SignalKind::interrupt())?;
+    let mut hangup = on(SignalKind::hangup())?;
+    if let Err(error) = raise_open_files() {
+        tracing::warn!(%error, "left the limit of open files as it is");
+    }
+    let mounted = Mounted::new(&wanted.reference, &digest, wanted.target.clone());
+    let (claim, mount) = tokio::task::spawn_blocking(move || {
+        // The claim first: from then on the image stays.
+        let image = store.image(&digest)?.with_context(|| format!("{digest}: not stored"))?;
+        let claim = Claims::of(&store).claim(&name, &record(&wanted, &image, &name)?)?;
+        let tree = Tree { rootfs: store.rootfs(&digest), path: wanted.path };
+        let mount = FuseMount::mount(&tree, &wanted.target)?;
+        anyhow::Ok((claim, mount))
+    })
+    .await
+    .context("mount")??;
+    mounted.print(output)?;
+
+    let told = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    };
+    tokio::select! {
+        () = mount.ended() => {}
+        () = told => {
+            // New readers find an empty folder; who is in the middle of a file may finish.
+            tokio::task::block_in_place(|| mount.unmount())?;
+            let _ = tokio::time::timeout(PATIENCE, mount.ended()).await;
+        }
+    }
+    tokio::task::block_in_place(|| {
+        drop(mount);
+        drop(claim);
+    });
+    Ok(())
+}
+
+fn record(wanted: &Wanted, image: &StoredImage, name: &str) -> anyhow::Result<VolumeRecord> {
+    let target = wanted.target.to_str();
+    let target = target.with_context(|| format!("{:?}: not UTF-8", wanted.target))?;
+    Ok(VolumeRecord {
+        volume_id: VolumeId::parse(name)?,
+        target: TargetPath::parse(target)?,
+        image: wanted.reference.clone(),
+        digest: image.digest,
+        path: wanted.path.clone(),
+        bytes: image.unpacked_bytes,
+        files: image.files,
+        pod: None,
+        published_at: SystemTime::now(),
+    })
+}
+
+/// Each file that a reader has open is one of ours; the usual 1024 is a shell's measure.
+fn raise_open_files() -> rustix::io::Result<()> {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    rustix::process::setrlimit(Resource::Nofile, raised)
+}
+
+/// Waits until nobody serves `target` any more; false when somebody still has a file open.
+pub(super) fn wait_for_end(config: &Config, target: &Path) -> anyhow::Result<bool> {
+    if !config.root.join("format").exists() {
+        return Ok(true);
+    }
+    let claims = Claims::of(&open_store(config)?);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let living = claims.living()?;
+        if !living.iter().any(|claim| claim.target.as_path() == target) {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

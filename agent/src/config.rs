@@ -1,0 +1,396 @@
+//! The agent's configuration: one YAML file, then `CARPORT_*`, then flags.
+//!
+//! ```text
+//! defaults of this user ─► file ─► environment ─► flags ─► Config::check ─► everything else
+//! ```
+//!
+//! What a [`Config`] holds has been checked: names are valid, numbers are in
+//! their range, paths are absolute. The file is read by [`load`]; environment and flags
+//! are one thing to [`crate::cli`], which lays them over the file. Nothing is
+//! bound or opened before all of it has passed.
+//!
+//! Keys are camelCase as in Kubernetes, sizes (`64MiB`) and durations (`10s`)
+//! are text. `docs/configuration.md` names every field; a test holds it true.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use carport_image::pull::PullOptions;
+use carport_image::source::RegistryOptions;
+use serde::{Deserialize, Serialize};
+
+use crate::gpu::GpuOptions;
+
+pub mod load;
+pub mod text;
+
+pub use load::ConfigError;
+
+/// All that can be configured. `Default` is what the user who runs the process gets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Config {
+    /// This node's name in answers to schedulers; in a cluster the Kubernetes node name.
+    #[serde(deserialize_with = "text::node_name")]
+    pub node_name: String,
+    /// The store.
+    #[serde(deserialize_with = "text::absolute")]
+    pub root: PathBuf,
+    /// The gRPC API.
+    pub api: Api,
+    /// Metrics and health.
+    pub http: Http,
+    /// The CSI driver.
+    pub csi: Csi,
+    /// How registries are spoken to.
+    pub registries: Registries,
+    /// How images are pulled.
+    pub pull: Pull,
+    /// What is pulled without being asked.
+    pub prepull: Prepull,
+    /// The GPU inventory.
+    pub gpu: Gpu,
+    /// What is logged.
+    pub log: Log,
+}
+
+/// The gRPC API of this node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Api {
+    /// The unix socket that is served, mode 0660.
+    #[serde(deserialize_with = "text::socket_path")]
+    pub socket: PathBuf,
+}
+
+/// Metrics, liveness and readiness over plain HTTP.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Http {
+    /// Address and port; port 0 lets the system choose one, which is logged.
+    #[serde(deserialize_with = "text::socket_addr")]
+    pub listen: SocketAddr,
+}
+
+/// The CSI driver, which needs root and a kubelet directory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Csi {
+    /// Whether volumes are served.
+    pub enabled: bool,
+    /// The driver's name, as in the CSIDriver object and in pods.
+    #[serde(deserialize_with = "text::driver_name")]
+    pub driver_name: String,
+    /// The kubelet's root directory; `plugins/` and `plugins_registry/` below it get the sockets.
+    #[serde(deserialize_with = "text::absolute")]
+    pub kubelet_dir: PathBuf,
+}
+
+/// How registries are spoken to.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Registries {
+    /// Hosts (`registry.local:5000`, or `registry.local` for every port) that are spoken to
+    /// without TLS.
+    #[serde(deserialize_with = "text::hosts")]
+    pub plain_http: Vec<String>,
+    /// A docker `config.json` with credentials; absent: `$DOCKER_CONFIG` or `~/.docker`.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub docker_config: Option<PathBuf>,
+    /// How long a connection may take to come about.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
+    pub connect_timeout: Duration,
+    /// How long a registry may send nothing before the request is given up and tried again.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
+    pub read_timeout: Duration,
+    /// Connections to one registry at a time.
+    #[serde(deserialize_with = "text::count::<_, 1, 256>")]
+    pub connections: usize,
+}
+
+/// How images are pulled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Pull {
+    /// Layers on their way at a time, over all pulls.
+    #[serde(deserialize_with = "text::count::<_, 1, 64>")]
+    pub concurrent_layers: usize,
+    /// Connections within one layer.
+    #[serde(deserialize_with = "text::count::<_, 1, 64>")]
+    pub connections_per_layer: usize,
+    /// Bytes that may be fetched and not yet unpacked, over all pulls: the bound on memory.
+    #[serde(serialize_with = "text::write_size", deserialize_with = "text::window")]
+    pub window_bytes: ByteSize,
+    /// Attempts for each request to a registry, the first included.
+    #[serde(deserialize_with = "text::count::<_, 1, 100>")]
+    pub attempts: usize,
+}
+
+/// What is pulled without being asked.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Prepull {
+    /// A YAML file with the images to have on this node, followed when it changes.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub list: Option<PathBuf>,
+}
+
+/// The GPU inventory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Gpu {
+    /// Whether NVML is asked at all.
+    pub enabled: bool,
+    /// The NVML library; absent: found as the dynamic loader finds `libnvidia-ml.so.1`.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub library: Option<PathBuf>,
+    /// How often the GPUs are looked at.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
+    pub interval: Duration,
+}
+
+/// What is logged, to standard error.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Log {
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as
+    /// `info,carport_image=debug`.
+    #[serde(deserialize_with = "text::log_level")]
+    pub level: String,
+    /// One line of text, or one JSON object, an event.
+    pub format: LogFormat,
+}
+
+/// How a log event is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For collectors: one object a line.
+    Json,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let home = Home::of_this_user();
+        Self {
+            node_name: host_name(),
+            root: home.root(),
+            api: Api { socket: home.socket() },
+            http: Http::default(),
+            csi: Csi { enabled: home == Home::System, ..Csi::default() },
+            registries: Registries::default(),
+            pull: Pull::default(),
+            prepull: Prepull::default(),
+            gpu: Gpu::default(),
+            log: Log::default(),
+        }
+    }
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self { socket: Home::of_this_user().socket() }
+    }
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        // Only this machine; the DaemonSet says 0.0.0.0, where a scraper must reach it.
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9760)) }
+    }
+}
+
+impl Default for Csi {
+    fn default() -> Self {
+        Self {
+            enabled: Home::of_this_user() == Home::System,
+            driver_name: "csi.carport.dev".into(),
+            kubelet_dir: "/var/lib/kubelet".into(),
+        }
+    }
+}
+
+impl Default for Registries {
+    fn default() -> Self {
+        Self {
+            plain_http: Vec::new(),
+            docker_config: None,
+            connect_timeout: Duration::from_secs(10),
+            read_timeout: Duration::from_secs(60),
+            // Two layers at four connections, and as much again for a second pull.
+            connections: 16,
+        }
+    }
+}
+
+impl Default for Pull {
+    fn default() -> Self {
+        let options = PullOptions::default();
+        Self {
+            concurrent_layers: options.concurrent_layers,
+            connections_per_layer: options.connections_per_layer,
+            window_bytes: ByteSize(options.window_bytes),
+            attempts: options.attempts as usize,
+        }
+    }
+}
+
+impl Default for Gpu {
+    fn default() -> Self {
+        Self { enabled: true, library: None, interval: Duration::from_secs(10) }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+impl Config {
+    /// Checks what no field can say alone. Called after the file, the environment and
+    /// the flags have spoken.
+    ///
+    /// # Errors
+    ///
+    /// Names the field, and what to write.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        if self.csi.enabled {
+            let registration = self.csi_registration_socket();
+            for socket in [&self.csi_socket(), &registration] {
+                text::check_socket_path(socket)
+                    .map_err(|why| ConfigError::field("csi.kubeletDir", &why))?;
+            }
+        }
+        if self.registries.connections < self.pull.connections_per_layer {
+            return Err(ConfigError::field(
+                "registries.connections",
+                &format!(
+                    "{} is less than pull.connectionsPerLayer ({}), which could never be reached; \
+                     raise the one or lower the other",
+                    self.registries.connections, self.pull.connections_per_layer
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Where the CSI socket stands, as the kubelet sees it.
+    fn csi_socket(&self) -> PathBuf {
+        self.csi.kubelet_dir.join("plugins").join(&self.csi.driver_name).join("csi.sock")
+    }
+
+    /// Where the kubelet looks for the driver's registration.
+    fn csi_registration_socket(&self) -> PathBuf {
+        let name = format!("{}-reg.sock", self.csi.driver_name);
+        self.csi.kubelet_dir.join("plugins_registry").join(name)
+    }
+
+    /// What `carport-image` wants to know of it.
+    pub fn registry_options(&self) -> RegistryOptions {
+        RegistryOptions {
+            plain_http: self.registries.plain_http.clone(),
+            docker_config: self.registries.docker_config.clone(),
+            connect_timeout: self.registries.connect_timeout,
+            read_timeout: self.registries.read_timeout,
+            connections_per_registry: self.registries.connections,
+        }
+    }
+
+    /// What the GPU thread wants to know of it.
+    pub fn gpu_options(&self) -> GpuOptions {
+        GpuOptions {
+            enabled: self.gpu.enabled,
+            library: self.gpu.library.clone(),
+            interval: self.gpu.interval,
+            ..GpuOptions::default()
+        }
+    }
+
+    /// What `carport-image` wants to know of it.
+    pub fn pull_options(&self) -> PullOptions {
+        PullOptions {
+            concurrent_layers: self.pull.concurrent_layers,
+            connections_per_layer: self.pull.connections_per_layer,
+            window_bytes: self.pull.window_bytes.as_u64(),
+            attempts: u32::try_from(self.pull.attempts).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// Whose places are the defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Home {
+    /// root: the machine's places.
+    System,
+    /// An ordinary user: their own.
+    User { data: PathBuf, runtime: PathBuf, config: PathBuf },
+}
+
+impl Home {
+    fn of_this_user() -> Self {
+        Self::of(rustix::process::geteuid().is_root(), |name| {
+            std::env::var_os(name).map(Into::into)
+        })
+    }
+
+    fn of(root: bool, env: impl Fn(&str) -> Option<PathBuf>) -> Self {
+        if root {
+            return Self::System;
+        }
+        let absolute = |name: &str| env(name).filter(|path| path.is_absolute());
+        let home = absolute("HOME").unwrap_or_else(|| PathBuf::from("/tmp"));
+        let data = absolute("XDG_DATA_HOME").unwrap_or_else(|| home.join(".local/share"));
+        let data = data.join("carport");
+        Self::User {
+            runtime: absolute("XDG_RUNTIME_DIR")
+                .map_or_else(|| data.clone(), |d| d.join("carport")),
+            config: absolute("XDG_CONFIG_HOME").unwrap_or_else(|| home.join(".config")),
+            data,
+        }
+    }
+
+    fn root(&self) -> PathBuf {
+        match self {
+            Self::System => "/var/lib/carport".into(),
+            Self::User { data, .. } => data.clone(),
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        match self {
+            Self::System => "/run/carport/carport.sock".into(),
+            Self::User { runtime, .. } => runtime.join("carport.sock"),
+        }
+    }
+
+    fn config_file(&self) -> PathBuf {
+        match self {
+            Self::System => "/etc/carport/config.yaml".into(),
+            Self::User { config, .. } => config.join("carport/config.yaml"),
+        }
+    }
+}
+
+/// The file that is read when none is named, where it exists.
+pub fn default_file() -> PathBuf {
+    Home::of_this_user().config_file()
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().to_lowercase();
+    // A machine without a usable name still gets an agent; in a cluster the name is given.
+    text::parse_node_name(&name).unwrap_or_else(|_| "localhost".into())
+}
+
+/// Whether `path` is written from the root, with nothing that climbs.
+fn is_plain_absolute(path: &Path) -> bool {
+    path.is_absolute() && !path.components().any(|c| c == std::path::Component::ParentDir)
+}
+
+#[cfg(test)]
+mod tests;

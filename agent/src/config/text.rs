@@ -1,0 +1,243 @@
+//! How single values are read from text, the same from a file, a flag or the environment.
+//!
+//! Each `parse_*` says in its error what was read and what to write. The functions
+//! that serde calls wrap them, so that an error carries the line it stands in.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde::de::{Deserialize, Deserializer, Error as _};
+use serde::ser::Serializer;
+
+/// `sun_path` of a unix socket holds 108 bytes, the last one NUL. Seven are kept free: a
+/// socket stands under another name in the same directory before it is renamed into place.
+const MAX_SOCKET_PATH: usize = 100;
+
+/// What pulling needs at least.
+const MIN_WINDOW: u64 = 16 << 20;
+/// Above this something else than a window was meant.
+const MAX_WINDOW: u64 = 64 << 30;
+
+/// A Kubernetes node name: lower-case letters, digits, `-` and `.`.
+///
+/// # Errors
+///
+/// Says what a node name looks like.
+pub fn parse_node_name(text: &str) -> Result<String, String> {
+    if is_dns_name(text, 253) {
+        return Ok(text.to_string());
+    }
+    Err(format!(
+        "{text:?} is no node name; write the Kubernetes node's name: at most 253 lower-case \
+         letters, digits, '-' and '.'"
+    ))
+}
+
+/// A CSI driver's name: a domain name of at most 63 characters.
+///
+/// # Errors
+///
+/// Says what a driver name looks like.
+pub fn parse_driver_name(text: &str) -> Result<String, String> {
+    if is_dns_name(text, 63) {
+        return Ok(text.to_string());
+    }
+    Err(format!(
+        "{text:?} is no driver name; write a domain name such as csi.carport.dev: at most 63 \
+         lower-case letters, digits, '-' and '.'"
+    ))
+}
+
+/// A registry's host, with or without a port.
+///
+/// # Errors
+///
+/// Says what a host looks like.
+pub fn parse_host(text: &str) -> Result<String, String> {
+    let plain = !text.is_empty()
+        && !text.contains(['/', '@', ' ', ','])
+        && text.chars().all(|c| c.is_ascii_graphic());
+    if plain {
+        return Ok(text.to_ascii_lowercase());
+    }
+    Err(format!("{text:?} is no registry host; write HOST or HOST:PORT, without http://"))
+}
+
+/// A path from the root, without `..`.
+///
+/// # Errors
+///
+/// When it is not.
+pub fn parse_absolute(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if super::is_plain_absolute(&path) {
+        return Ok(path);
+    }
+    Err(format!("{text:?} is no absolute path; write it from / and without '..'"))
+}
+
+/// A path where a unix socket can stand.
+///
+/// # Errors
+///
+/// When it is not absolute, or longer than the kernel takes.
+pub fn parse_socket_path(text: &str) -> Result<PathBuf, String> {
+    let path = parse_absolute(text)?;
+    check_socket_path(&path)?;
+    Ok(path)
+}
+
+/// Whether the kernel takes `path` as a socket's.
+pub(crate) fn check_socket_path(path: &Path) -> Result<(), String> {
+    let length = path.as_os_str().len();
+    if length <= MAX_SOCKET_PATH {
+        return Ok(());
+    }
+    Err(format!(
+        "{} has {length} bytes; at most {MAX_SOCKET_PATH} fit for a socket, choose a shorter path",
+        path.display()
+    ))
+}
+
+/// An address and a port.
+///
+/// # Errors
+///
+/// When it is not.
+pub fn parse_socket_addr(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        format!("{text:?} is no address; write IP:PORT, such as 127.0.0.1:9760 or [::]:9760")
+    })
+}
+
+/// A duration of at least a millisecond and at most a day.
+///
+/// # Errors
+///
+/// When it is not.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text)
+        .map_err(|_| format!("{text:?} is no duration; write a number and a unit, such as 10s"))?;
+    if (Duration::from_millis(1)..=Duration::from_secs(86_400)).contains(&duration) {
+        return Ok(duration);
+    }
+    Err(format!("{text:?} is out of range; write something from 1ms to 1day"))
+}
+
+/// Log directives.
+///
+/// # Errors
+///
+/// When `tracing` cannot read them.
+pub fn parse_log_level(text: &str) -> Result<String, String> {
+    let parsed = tracing_subscriber::EnvFilter::builder().parse(text);
+    match parsed {
+        Ok(_) if !text.trim().is_empty() => Ok(text.to_string()),
+        _ => Err(format!(
+            "{text:?} is no log level; write error, warn, info, debug or trace, or directives \
+             such as info,carport_image=debug"
+        )),
+    }
+}
+
+fn parse_window(text: &str) -> Result<ByteSize, String> {
+    let size: ByteSize = text
+        .parse()
+        .map_err(|_| format!("{text:?} is no size; write a number and a unit, such as 64MiB"))?;
+    if (MIN_WINDOW..=MAX_WINDOW).contains(&size.as_u64()) {
+        return Ok(size);
+    }
+    Err(format!("{text:?} is out of range; write something from 16MiB to 64GiB"))
+}
+
+fn is_dns_name(text: &str, max: usize) -> bool {
+    !text.is_empty()
+        && text.len() <= max
+        && text.split('.').all(|label| {
+            !label.is_empty()
+                && label.len() <= 63
+                && !label.starts_with('-')
+                && !label.ends_with('-')
+                && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        })
+}
+
+/// `text`, parsed, with the error as serde wants it.
+fn parsed<'de, D, T, E>(from: D, parse: impl Fn(&str) -> Result<T, E>) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    E: Display,
+{
+    let text = String::deserialize(from)?;
+    parse(&text).map_err(D::Error::custom)
+}
+
+pub(super) fn node_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    parsed(from, parse_node_name)
+}
+
+pub(super) fn driver_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    parsed(from, parse_driver_name)
+}
+
+pub(super) fn absolute<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    parsed(from, parse_absolute)
+}
+
+pub(super) fn optional_absolute<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<PathBuf>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|text| parse_absolute(&text).map_err(D::Error::custom)).transpose()
+}
+
+pub(super) fn socket_path<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    parsed(from, parse_socket_path)
+}
+
+pub(super) fn socket_addr<'de, D: Deserializer<'de>>(from: D) -> Result<SocketAddr, D::Error> {
+    parsed(from, parse_socket_addr)
+}
+
+pub(super) fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    parsed(from, parse_duration)
+}
+
+pub(super) fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    parsed(from, parse_log_level)
+}
+
+pub(super) fn hosts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    let hosts = Vec::<String>::deserialize(from)?;
+    hosts.iter().map(|host| parse_host(host).map_err(D::Error::custom)).collect()
+}
+
+pub(super) fn window<'de, D: Deserializer<'de>>(from: D) -> Result<ByteSize, D::Error> {
+    parsed(from, parse_window)
+}
+
+/// A whole number from `MIN` to `MAX`.
+pub(super) fn count<'de, D, const MIN: usize, const MAX: usize>(from: D) -> Result<usize, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let count = usize::deserialize(from)?;
+    if (MIN..=MAX).contains(&count) {
+        return Ok(count);
+    }
+    Err(D::Error::custom(format!("{count} is out of range; write a number from {MIN} to {MAX}")))
+}
+
+/// Written exactly: in the largest unit that divides it.
+pub(super) fn write_size<S: Serializer>(size: &ByteSize, to: S) -> Result<S::Ok, S::Error> {
+    let bytes = size.as_u64();
+    let units = [(bytesize::GIB, "GiB"), (bytesize::MIB, "MiB"), (bytesize::KIB, "KiB")];
+    let text = units
+        .iter()
+        .find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit))
+        .map_or_else(|| format!("{bytes}B"), |(unit, name)| format!("{}{name}", bytes / unit));
+    to.serialize_str(&text)
+}

@@ -1,0 +1,199 @@
+//! The node's GPUs: what there is, and how it is.
+//!
+//! NVML goes in, plain [`GpuInventory`] values come out.
+//!
+//! ```text
+//! libnvidia-ml.so.1 ─► NvmlProbe ─► History ─► watch ─┬─► GpuReader ─► API, status
+//!        (one owner thread: `owner`)                  └─► `table` for `carport gpus`
+//! ```
+//!
+//! # What always holds
+//!
+//! - **No GPU is an answer, not an error.** The agent serves on without library,
+//!   driver or device; the inventory says which of them is missing and what to do,
+//!   and a driver that comes later is found without a restart.
+//! - **Reading never waits.** A call that hangs in the driver holds up the owner
+//!   thread; readers get the last answer, and when that is too old it says so.
+//! - **One GPU's trouble is its own.** The others are reported as if it were well.
+//! - **Nothing is made up.** What could not be measured is `None`.
+//!
+//! What NVML is to the wire is the business of the API; which pod holds which GPU
+//! is not known here.
+
+mod history;
+mod inventory;
+mod nvml;
+mod nvml_quirks;
+mod owner;
+mod probe;
+mod sysfs;
+pub mod table;
+
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+mod nvml_tests;
+
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{oneshot, watch};
+use tracing::{error, warn};
+
+pub use self::inventory::{
+    Architecture, ComputeCapability, Gpu, GpuInventory, GpuMemory, GpuProcess, Health, HealthState,
+    Mig, Provider, ProviderState, Reason, Telemetry,
+};
+use self::nvml::NvmlProbe;
+use self::owner::Pace;
+use self::probe::GpuProbe;
+use self::sysfs::Sysfs;
+
+/// How to look at the GPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuOptions {
+    /// Off: no library is loaded, the inventory says `disabled`.
+    pub enabled: bool,
+    /// The NVML library. `None`: the loader looks for `libnvidia-ml.so.1`.
+    pub library: Option<PathBuf>,
+    /// From one look to the next.
+    pub interval: Duration,
+    /// The same while there is no GPU to see, and the least time between two fresh
+    /// starts of NVML for a sick GPU.
+    pub retry_interval: Duration,
+    /// The mounted sysfs.
+    pub sysfs: PathBuf,
+}
+
+impl Default for GpuOptions {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            library: None,
+            // A look costs a few milliseconds of the driver's time.
+            interval: Duration::from_secs(10),
+            retry_interval: Duration::from_secs(60),
+            sysfs: "/sys".into(),
+        }
+    }
+}
+
+/// Starts looking, in a thread of its own, and returns at once.
+///
+/// # Errors
+///
+/// When the thread cannot be started. Whatever is wrong with the GPUs is in the
+/// inventory.
+pub fn start(options: GpuOptions) -> std::io::Result<GpuHandle> {
+    if !options.enabled {
+        let message = "switched off by configuration";
+        return Ok(idle(GpuInventory::none(ProviderState::Disabled, message)));
+    }
+    let pace = Pace { interval: options.interval, retry_interval: options.retry_interval };
+    start_with(NvmlProbe::new(options.library, Sysfs::new(options.sysfs)), pace)
+}
+
+/// Looks once, and waits for it no longer than `patience`: for a command that runs
+/// without the agent. Where the driver hangs, the inventory says `stale`.
+///
+/// # Errors
+///
+/// As for [`start`].
+pub async fn look_once(options: GpuOptions, patience: Duration) -> std::io::Result<GpuInventory> {
+    let handle = start(options)?;
+    let mut reader = handle.reader();
+    let started = Instant::now();
+    if reader.current().provider.state == ProviderState::Stale {
+        // Out of patience is what the inventory then says.
+        let _ = tokio::time::timeout(patience, reader.changed()).await;
+    }
+    let inventory = GpuInventory::clone(&reader.current());
+    handle.shutdown(patience.saturating_sub(started.elapsed())).await;
+    Ok(inventory)
+}
+
+fn start_with(probe: impl GpuProbe + 'static, pace: Pace) -> std::io::Result<GpuHandle> {
+    let (inventories, latest) = watch::channel(Arc::new(pace.first()));
+    let (stop, stopped) = mpsc::channel();
+    let (done, is_done) = oneshot::channel();
+    let thread = std::thread::Builder::new().name("carport-gpus".into()).spawn(move || {
+        // Dropped last, also when the thread panics.
+        let _done: oneshot::Sender<()> = done;
+        owner::run(probe, pace, &inventories, &stopped);
+    })?;
+    let owner = Owner { stop, thread, is_done };
+    Ok(GpuHandle { reader: GpuReader { latest }, owner: Some(owner), _idle: None })
+}
+
+fn idle(inventory: GpuInventory) -> GpuHandle {
+    let (sender, latest) = watch::channel(Arc::new(inventory));
+    GpuHandle { reader: GpuReader { latest }, owner: None, _idle: Some(sender) }
+}
+
+/// The running look at the GPUs. Dropping it stops it too, without waiting.
+#[derive(Debug)]
+pub struct GpuHandle {
+    reader: GpuReader,
+    owner: Option<Owner>,
+    /// Keeps the channel of a switched-off inventory open.
+    _idle: Option<watch::Sender<Arc<GpuInventory>>>,
+}
+
+#[derive(Debug)]
+struct Owner {
+    /// Closed to stop the thread.
+    stop: mpsc::Sender<()>,
+    thread: JoinHandle<()>,
+    /// Resolves when the thread has left its work.
+    is_done: oneshot::Receiver<()>,
+}
+
+impl GpuHandle {
+    /// A view of the inventory, for as many readers as there are.
+    pub fn reader(&self) -> GpuReader {
+        self.reader.clone()
+    }
+
+    /// Closes NVML and joins the thread. A thread that hangs in the driver for
+    /// longer than `patience` is left behind: it ends with the process.
+    pub async fn shutdown(self, patience: Duration) {
+        let Some(Owner { stop, thread, is_done }) = self.owner else { return };
+        drop(stop);
+        if tokio::time::timeout(patience, is_done).await.is_err() {
+            let waited_ms = patience.as_millis();
+            warn!(waited_ms, "leave the gpu thread behind: a call into the driver hangs");
+        } else if thread.join().is_err() {
+            error!("the gpu thread had panicked; its inventory was stale since");
+        }
+    }
+}
+
+/// Reads the inventory; cheap to clone, never waits for the driver.
+#[derive(Clone, Debug)]
+pub struct GpuReader {
+    latest: watch::Receiver<Arc<GpuInventory>>,
+}
+
+impl GpuReader {
+    /// The last answer; [`ProviderState::Stale`] if it is too old.
+    pub fn current(&self) -> Arc<GpuInventory> {
+        self.latest.borrow().as_of(Instant::now())
+    }
+
+    /// Waits for an answer that this reader has not seen. Answers come at every
+    /// look, whether or not they differ; compare
+    /// [`generation`](GpuInventory::generation) for changes of shape. Turning
+    /// stale is no answer and wakes nobody. After the shutdown it waits for ever.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses no answer.
+    pub async fn changed(&mut self) -> Arc<GpuInventory> {
+        if self.latest.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        self.latest.borrow_and_update().as_of(Instant::now())
+    }
+}

@@ -1,0 +1,190 @@
+//! What earlier looks add to the latest one.
+//!
+//! A [`Sample`] knows only itself. From one to the next it holds that
+//!
+//! - **a sick GPU has a name**: where NVML cannot say which GPU sits at an index
+//!   any more, the one that sat there lends its identity;
+//! - **sickness stays** until NVML has been opened afresh and finds the GPU well: a
+//!   GPU that answers again within the same session has proved nothing;
+//! - **no GPU goes silently**: one that is no longer enumerated is reported as
+//!   lost until it comes back or the agent starts again.
+
+use super::inventory::{Gpu, HealthState, Telemetry};
+use super::probe::Sample;
+
+/// The GPUs as they were last reported.
+#[derive(Debug, Default)]
+pub(super) struct History {
+    session: u64,
+    gpus: Vec<Gpu>,
+    generation: u64,
+}
+
+impl History {
+    /// The GPUs to report for `sample`, and the generation that they are of.
+    pub(super) fn add(&mut self, sample: Sample) -> (Vec<Gpu>, u64) {
+        let same_session = sample.session == self.session;
+        let mut gpus = sample.gpus;
+        self.lend_identities(&mut gpus);
+        if same_session {
+            self.keep_sick(&mut gpus);
+        }
+        gpus.extend(self.gone(&gpus));
+        if self.generation == 0 || shape(&gpus) != shape(&self.gpus) {
+            self.generation += 1;
+        }
+        self.session = sample.session;
+        self.gpus.clone_from(&gpus);
+        (gpus, self.generation)
+    }
+
+    /// The generation of the last report.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn lend_identities(&self, gpus: &mut [Gpu]) {
+        for at in 0..gpus.len() {
+            if gpus[at].uuid.is_some() {
+                continue;
+            }
+            let index = gpus[at].index;
+            let sat_there = self.gpus.iter().find(|old| old.index == index && !is_in(old, gpus));
+            if let Some(old) = sat_there {
+                let health = gpus[at].health.clone();
+                gpus[at] = Gpu { health, ..unmeasured(old) };
+            }
+        }
+    }
+
+    fn keep_sick(&self, gpus: &mut [Gpu]) {
+        for gpu in gpus {
+            let before = self.gpus.iter().find(|old| old.uuid.is_some() && old.uuid == gpu.uuid);
+            if let Some(old) = before.filter(|old| old.health.is_sick()) {
+                for reason in &old.health.reasons {
+                    gpu.health.add(old.health.state, &reason.code, reason.message.clone());
+                }
+            }
+        }
+    }
+
+    fn gone(&self, gpus: &[Gpu]) -> Vec<Gpu> {
+        let gone = self.gpus.iter().filter(|old| old.uuid.is_some() && !is_in(old, gpus));
+        gone.map(|old| {
+            let mut gpu = unmeasured(old);
+            gpu.health.add(
+                HealthState::Lost,
+                "GPU_GONE",
+                "was here and is no longer enumerated by the driver; look for Xid 79 in the kernel \
+                 log, or restart the agent if it was taken out on purpose",
+            );
+            gpu
+        })
+        .collect()
+    }
+}
+
+fn is_in(gpu: &Gpu, gpus: &[Gpu]) -> bool {
+    gpus.iter().any(|other| other.uuid == gpu.uuid)
+}
+
+/// `gpu` without what was measured of it.
+fn unmeasured(gpu: &Gpu) -> Gpu {
+    Gpu { memory: None, telemetry: Telemetry::default(), processes: None, ..gpu.clone() }
+}
+
+/// What a scheduler plans by, and what a generation is counted for.
+fn shape(gpus: &[Gpu]) -> Vec<(Option<&str>, u32, bool, bool)> {
+    gpus.iter()
+        .map(|gpu| {
+            let mig = gpu.mig.is_some_and(|mig| mig.enabled);
+            (gpu.uuid.as_deref(), gpu.index, mig, gpu.health.state == HealthState::Lost)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::inventory::{Health, Mig};
+    use super::*;
+
+    fn gpu(index: u32, name: &str) -> Gpu {
+        Gpu { uuid: Some(format!("GPU-{name}")), ..Gpu::unknown(index) }
+    }
+
+    fn lost(gpu: Gpu) -> Gpu {
+        let mut health = Health::ok();
+        health.add(HealthState::Lost, "GPU_LOST", "lost");
+        Gpu { health, ..gpu }
+    }
+
+    fn sample(session: u64, gpus: Vec<Gpu>) -> Sample {
+        Sample {
+            session,
+            driver_version: None,
+            nvml_version: None,
+            cuda_driver_version: None,
+            gpus,
+        }
+    }
+
+    #[test]
+    fn a_gpu_that_cannot_say_its_name_any_more_keeps_it() {
+        let mut history = History::default();
+        history.add(sample(1, vec![gpu(0, "a"), gpu(1, "b")]));
+        let (gpus, _) = history.add(sample(1, vec![gpu(0, "a"), lost(Gpu::unknown(1))]));
+        assert_eq!(gpus.len(), 2);
+        assert_eq!(gpus[1].uuid.as_deref(), Some("GPU-b"));
+        assert_eq!(gpus[1].health.state, HealthState::Lost);
+    }
+
+    #[test]
+    fn a_nameless_gpu_takes_no_name_that_another_one_has() {
+        let mut history = History::default();
+        history.add(sample(1, vec![gpu(0, "a"), gpu(1, "b")]));
+        // After a new start of NVML, "b" is the first.
+        let (gpus, _) = history.add(sample(2, vec![gpu(0, "b"), lost(Gpu::unknown(1))]));
+        let names: Vec<_> = gpus.iter().map(|gpu| gpu.uuid.as_deref()).collect();
+        assert_eq!(names, [Some("GPU-b"), None, Some("GPU-a")]);
+        assert_eq!(gpus[2].health.reasons[0].code, "GPU_GONE");
+    }
+
+    #[test]
+    fn a_lost_gpu_comes_back_only_with_a_new_session() {
+        let mut history = History::default();
+        history.add(sample(1, vec![lost(gpu(0, "a"))]));
+        let (gpus, _) = history.add(sample(1, vec![gpu(0, "a")]));
+        assert_eq!(gpus[0].health.state, HealthState::Lost, "the same session proves nothing");
+        let (gpus, _) = history.add(sample(2, vec![gpu(0, "a")]));
+        assert_eq!(gpus[0].health, Health::ok());
+    }
+
+    #[test]
+    fn a_gpu_that_is_no_longer_enumerated_stays_listed_as_lost_until_it_is_back() {
+        let mut history = History::default();
+        history.add(sample(1, vec![gpu(0, "a"), gpu(1, "b")]));
+        for session in 2..5 {
+            let (gpus, _) = history.add(sample(session, vec![gpu(0, "b")]));
+            assert_eq!(gpus.len(), 2);
+            assert_eq!(gpus[1].uuid.as_deref(), Some("GPU-a"));
+            assert_eq!(gpus[1].health.state, HealthState::Lost);
+            assert_eq!(gpus[1].health.reasons.len(), 1);
+        }
+        let (gpus, _) = history.add(sample(5, vec![gpu(0, "a"), gpu(1, "b")]));
+        assert!(gpus.iter().all(|gpu| gpu.health == Health::ok()));
+    }
+
+    #[test]
+    fn the_generation_counts_changes_of_shape_alone() {
+        let mut history = History::default();
+        let generation = |history: &mut History, gpus| history.add(sample(1, gpus)).1;
+        assert_eq!(generation(&mut history, vec![]), 1);
+        assert_eq!(generation(&mut history, vec![gpu(0, "a")]), 2);
+        let mut busy = gpu(0, "a");
+        busy.telemetry.utilization_ratio = Some(1.0);
+        assert_eq!(generation(&mut history, vec![busy]), 2);
+        let mig = Some(Mig { capable: true, enabled: true, pending_enabled: true });
+        assert_eq!(generation(&mut history, vec![Gpu { mig, ..gpu(0, "a") }]), 3);
+        assert_eq!(history.generation(), 3);
+    }
+}

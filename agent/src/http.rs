@@ -1,0 +1,92 @@
+//! Metrics and health over plain HTTP.
+//!
+//! - `/metrics`: OpenMetrics text;
+//! - `/healthz`: 200 while the process answers and keeps its state; else restart it;
+//! - `/readyz`: 200 once the store is open and all sockets are served, until the drain.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::{CONTENT_TYPE, Metrics};
+use crate::run::Phase;
+use crate::state::NodeState;
+
+/// What the pages are made of.
+#[derive(Clone)]
+pub struct Pages {
+    /// The node.
+    pub state: watch::Receiver<Arc<NodeState>>,
+    /// How far the agent is.
+    pub phase: watch::Receiver<Phase>,
+    /// What it measured.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Listens on `address`.
+///
+/// # Errors
+///
+/// When the address is taken or not this machine's.
+pub async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "listen on {address} for metrics and health (choose another one with --http-listen)"
+        )
+    })
+}
+
+/// Serves until `stop`.
+///
+/// # Errors
+///
+/// When the listener fails.
+pub async fn serve(
+    listener: TcpListener,
+    pages: Pages,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .with_state(pages);
+    axum::serve(listener, router)
+        .with_graceful_shutdown(stop.cancelled_owned())
+        .await
+        .context("serve metrics and health")
+}
+
+async fn metrics(State(pages): State<Pages>) -> Response {
+    let state = pages.state.borrow().clone();
+    match pages.metrics.encode(&state) {
+        Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}
+
+async fn healthz(State(pages): State<Pages>) -> Response {
+    if pages.state.has_changed().is_err() && *pages.phase.borrow() != Phase::Draining {
+        let why = "the node's state is no longer kept\n";
+        return (StatusCode::SERVICE_UNAVAILABLE, why).into_response();
+    }
+    "ok\n".into_response()
+}
+
+async fn readyz(State(pages): State<Pages>) -> Response {
+    let phase = *pages.phase.borrow();
+    match phase {
+        Phase::Serving => "ok\n".into_response(),
+        Phase::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response(),
+        Phase::Draining => (StatusCode::SERVICE_UNAVAILABLE, "stopping\n").into_response(),
+    }
+}

@@ -1,0 +1,27 @@
+//! The node process `carport`, as a library, so that tests can reach it.
+//!
+//! ```text
+//! cli ─► config ─► run ─┬─► api ─► placement   gRPC on a unix socket   ◄─┐
+//!                       ├─► http, metrics      for scrapers and probes ◄─┴─ state: one value
+//!                       ├─► prepull            what must be here             ▲ store, pulls, volumes
+//!                       ├─► gpu                NVML's thread ────────────────┘
+//!                       └─► carport-csi        volumes for the kubelet
+//! cli ─► commands       the other subcommands, on the store or through the API
+//! ```
+//!
+//! Bytes are `carport-image`'s, volumes `carport-csi`'s, the wire `carport-proto`'s.
+
+pub mod api;
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod gpu;
+pub mod http;
+pub mod logging;
+pub mod metrics;
+pub mod output;
+pub mod placement;
+pub mod prepull;
+pub mod progress;
+pub mod run;
+pub mod state;

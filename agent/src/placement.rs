@@ -1,0 +1,347 @@
+//! How well this node suits: present and missing bytes, time, room, a score.
+//!
+//! Plain values in, plain values out; which GPUs match is in [`gpus`], the wire in [`crate::api`].
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use carport_image::pull::{PullProgress, PullState};
+use carport_image::store::StoredImage;
+use carport_image::{Digest, Reference};
+
+use crate::state::{NodeState, Rates, host, in_flight};
+
+pub mod gpus;
+
+/// After so long the score has fallen to 1/e: a pod that waits half a minute for its model
+/// waits about as long as its server needs for imports and CUDA.
+const SCORE_TIME_CONSTANT: Duration = Duration::from_secs(30);
+
+/// A model as a caller names it; at least one of the two is there.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Wanted {
+    /// As a pod writes it.
+    pub reference: Option<Reference>,
+    /// The platform's manifest; wins over the reference.
+    pub digest: Option<Digest>,
+}
+
+/// What this node knows of a wanted model.
+#[derive(Debug)]
+pub struct Model<'a> {
+    /// What was asked for.
+    pub wanted: &'a Wanted,
+    /// What it means here, when that is known.
+    pub digest: Option<Digest>,
+    /// The complete image.
+    pub image: Option<&'a StoredImage>,
+    /// The pull of it that is under way, or failed lately; never set where the image is complete.
+    pub pull: Option<&'a PullProgress>,
+}
+
+impl<'a> Model<'a> {
+    /// Looks `wanted` up.
+    pub fn find(wanted: &'a Wanted, state: &'a NodeState, pulls: &'a [PullProgress]) -> Self {
+        let by_reference = || wanted.reference.as_ref().and_then(|name| state.resolve(name));
+        let digest = wanted.digest.or_else(by_reference);
+        let image = digest.and_then(|digest| state.images.get(&digest)).map(AsRef::as_ref);
+        let same = |pull: &&PullProgress| {
+            (digest.is_some() && pull.digest == digest)
+                || wanted.reference.as_ref() == Some(&pull.reference)
+        };
+        let pull = if image.is_some() {
+            None
+        } else {
+            // A new attempt says more than an old failure.
+            let mut found = pulls.iter().filter(same);
+            found.clone().find(|pull| in_flight(pull)).or_else(|| found.next_back())
+        };
+        let digest = digest.or_else(|| pull.and_then(|pull| pull.digest));
+        Self { wanted, digest, image, pull }
+    }
+
+    /// Whether the node has ever heard of it.
+    pub fn is_known(&self) -> bool {
+        self.image.is_some() || self.pull.is_some_and(|pull| pull.digest.is_some())
+    }
+
+    /// Bytes that are not here. `None`: its size is not known.
+    ///
+    /// Of a pull under way as they travel; models hardly compress.
+    pub fn missing_bytes(&self) -> Option<u64> {
+        match (self.image, self.pull) {
+            (Some(_), _) => Some(0),
+            (None, Some(pull)) if in_flight(pull) => remaining(pull),
+            _ => None,
+        }
+    }
+}
+
+/// What the node would have to do for a set of models.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Evaluation {
+    /// Bytes that are not here, a model named twice counted once. `None`: not known.
+    pub missing_bytes: Option<u64>,
+    /// Median time until all are here. `None`: not known.
+    pub eta: Option<Duration>,
+    /// The same, met in nine of ten cases.
+    pub eta_p90: Option<Duration>,
+    /// Whether there is room. `None` where the missing bytes are not known.
+    pub fit: Option<Fit>,
+}
+
+/// Whether something fits on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fit {
+    /// Perhaps after removing what nobody uses.
+    pub fits: bool,
+    /// As it is.
+    pub fits_without_eviction: bool,
+    /// Free now.
+    pub free_bytes: u64,
+    /// Held by what could be removed.
+    pub reclaimable_bytes: u64,
+    /// Promised to pulls of other models.
+    pub reserved_bytes: u64,
+}
+
+/// Evaluates `models` together.
+pub fn evaluate(models: &[Model<'_>], state: &NodeState, pulls: &[PullProgress]) -> Evaluation {
+    let mut seen = HashSet::new();
+    let distinct: Vec<&Model<'_>> = models
+        .iter()
+        .filter(|model| match model.digest {
+            Some(digest) => seen.insert(digest.to_string()),
+            None => seen.insert(
+                model.wanted.reference.as_ref().map(ToString::to_string).unwrap_or_default(),
+            ),
+        })
+        .collect();
+    let missing_bytes = distinct.iter().map(|model| model.missing_bytes()).sum::<Option<u64>>();
+    let longest = |pick: fn(Eta) -> Duration| {
+        let each = distinct.iter().map(|model| match model.image {
+            Some(_) => Some(Duration::ZERO),
+            None => model.pull.and_then(|pull| eta(pull, pulls, &state.rates)).map(pick),
+        });
+        each.collect::<Option<Vec<_>>>().map(|all| all.into_iter().max().unwrap_or_default())
+    };
+    let fit = missing_bytes.map(|missing| fit(missing, &distinct, state, pulls));
+    Evaluation { missing_bytes, eta: longest(|eta| eta.p50), eta_p90: longest(|eta| eta.p90), fit }
+}
+
+/// 0 to 100: how soon everything is here.
+pub fn score(eta: Option<Duration>) -> u32 {
+    let Some(eta) = eta else { return 0 };
+    let score = 100.0 * (-eta.as_secs_f64() / SCORE_TIME_CONSTANT.as_secs_f64()).exp();
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
+    {
+        score.round() as u32
+    }
+}
+
+/// What images that no volume uses hold, less those of `keep`. Files that images share make this
+/// too high, so it is never more than the store holds.
+pub fn reclaimable_bytes(state: &NodeState, keep: &HashSet<Digest>) -> u64 {
+    let idle = state
+        .images
+        .iter()
+        .filter(|(digest, _)| !keep.contains(digest) && state.mounts(digest) == 0);
+    let idle: u64 = idle.map(|(_, image)| image.unpacked_bytes).sum();
+    (idle + state.usage.unused_bytes).min(state.usage.object_bytes)
+}
+
+/// Bytes that pulls under way have still to bring, as far as known.
+pub fn reserved_bytes(pulls: &[PullProgress]) -> u64 {
+    pulls.iter().filter(|pull| in_flight(pull)).filter_map(remaining).sum()
+}
+
+fn fit(missing: u64, models: &[&Model<'_>], state: &NodeState, pulls: &[PullProgress]) -> Fit {
+    let keep: HashSet<Digest> = models.iter().filter_map(|model| model.digest).collect();
+    let reserved_bytes = reserved_bytes(pulls).saturating_sub(missing);
+    let needed = missing.saturating_add(reserved_bytes);
+    let free_bytes = state.usage.free_bytes;
+    let reclaimable_bytes = reclaimable_bytes(state, &keep);
+    // Nothing to bring fits, however full the disk is.
+    Fit {
+        fits: missing == 0 || needed <= free_bytes.saturating_add(reclaimable_bytes),
+        fits_without_eviction: missing == 0 || needed <= free_bytes,
+        free_bytes,
+        reclaimable_bytes,
+        reserved_bytes,
+    }
+}
+
+/// When a pull will be done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Eta {
+    /// In half of the cases.
+    pub p50: Duration,
+    /// In nine of ten.
+    pub p90: Duration,
+}
+
+/// When `pull` will be done: what it and the pulls before it have still to bring, at the rate
+/// that their registry gave lately; before there is such a rate, the pull's own.
+pub fn eta(pull: &PullProgress, pulls: &[PullProgress], rates: &Rates) -> Option<Eta> {
+    if !in_flight(pull) {
+        return None;
+    }
+    let own = remaining(pull)?;
+    let ahead = pulls.iter().filter(|other| {
+        in_flight(other)
+            && other.reference != pull.reference
+            && host(other) == host(pull)
+            && other.started_at < pull.started_at
+    });
+    let bytes = own + ahead.filter_map(remaining).sum::<u64>();
+    if bytes == 0 {
+        return Some(Eta { p50: Duration::ZERO, p90: Duration::ZERO });
+    }
+    match rates.of(host(pull)) {
+        Some(rate) => Some(Eta {
+            p50: at_rate(bytes, rate.p50_bytes_per_second)?,
+            p90: at_rate(bytes, rate.p10_bytes_per_second)?,
+        }),
+        None => at_rate(bytes, pull.bytes_per_second).map(|eta| Eta { p50: eta, p90: eta }),
+    }
+}
+
+/// Bytes that `pull` has still to bring. `None`: its manifest is not read yet.
+pub fn remaining(pull: &PullProgress) -> Option<u64> {
+    match pull.state {
+        PullState::Resolving if pull.total_bytes == 0 => None,
+        // All layers may have been here already.
+        _ => Some(pull.total_bytes.saturating_sub(pull.done_bytes)),
+    }
+}
+
+fn at_rate(bytes: u64, bytes_per_second: f64) -> Option<Duration> {
+    #[allow(clippy::cast_precision_loss)]
+    let seconds = bytes as f64 / bytes_per_second;
+    // Also for a rate of nothing, and for more than a year: both say nothing to a scheduler.
+    (seconds.is_finite() && seconds < 3.0e7).then(|| Duration::from_secs_f64(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::fixtures::{image, node, pull, volume};
+    use std::sync::Arc;
+    use std::time::{SystemTime, UNIX_EPOCH};
+
+    fn wanted(text: &str) -> Wanted {
+        Wanted { reference: Some(text.parse().unwrap()), digest: None }
+    }
+
+    fn ask(texts: &[&str], state: &NodeState, pulls: &[PullProgress]) -> Evaluation {
+        let wanted: Vec<Wanted> = texts.iter().map(|text| wanted(text)).collect();
+        let models: Vec<_> = wanted.iter().map(|w| Model::find(w, state, pulls)).collect();
+        evaluate(&models, state, pulls)
+    }
+
+    #[test]
+    fn the_score_falls_with_the_time() {
+        let seconds = |s| Some(Duration::from_secs(s));
+        assert_eq!(score(seconds(0)), 100);
+        assert_eq!(score(seconds(30)), 37);
+        assert_eq!(score(seconds(60)), 14);
+        assert_eq!(score(seconds(600)), 0);
+        assert_eq!(score(None), 0);
+    }
+
+    #[test]
+    fn what_is_here_needs_no_time_even_on_a_full_disk() {
+        let mut state = node(vec![image("r/a:1", 500)]);
+        state.usage.free_bytes = 0;
+        let answer = ask(&["r/a:1"], &state, &[]);
+        assert_eq!((answer.missing_bytes, answer.eta), (Some(0), Some(Duration::ZERO)));
+        assert!(answer.fit.unwrap().fits_without_eviction);
+    }
+
+    #[test]
+    fn of_what_was_never_heard_of_nothing_is_claimed() {
+        let state = node(vec![]);
+        let answer = ask(&["r/a:1"], &state, &[]);
+        assert_eq!(answer, Evaluation { missing_bytes: None, eta: None, eta_p90: None, fit: None });
+    }
+
+    #[test]
+    fn a_model_named_twice_is_counted_once() {
+        let state = node(vec![]);
+        let pulls = [pull("r/a:1", 100, 400), pull("r/b:1", 0, 50)];
+        assert_eq!(ask(&["r/a:1", "r/a:1", "r/b:1"], &state, &pulls).missing_bytes, Some(350));
+        // By tag and by digest, too.
+        let mut known = pulls[0].clone();
+        known.digest = Some(Digest::of(b"x"));
+        let by_digest = Wanted { reference: None, digest: known.digest };
+        let (by_tag, pulls) = (wanted("r/a:1"), [known]);
+        let models =
+            [Model::find(&by_tag, &state, &pulls), Model::find(&by_digest, &state, &pulls)];
+        assert_eq!(evaluate(&models, &state, &pulls).missing_bytes, Some(300));
+    }
+
+    #[test]
+    fn the_time_is_reckoned_from_what_the_registry_gave_and_what_goes_before() {
+        let mut state = node(vec![]);
+        let mut rates = Rates::default();
+        for second in 0..10_u32 {
+            let mut sample = pull("r:5000/z:1", 0, 1);
+            sample.bytes_per_second = if second == 0 { 5.0 } else { 10.0 };
+            rates.sample(&[sample], SystemTime::now());
+        }
+        state.rates = Arc::new(rates);
+        let first = pull("r:5000/a:1", 0, 100);
+        let mut second = pull("r:5000/b:1", 50, 150);
+        second.started_at = UNIX_EPOCH + Duration::from_secs(1);
+        let pulls = [first, second];
+        let answer = ask(&["r:5000/b:1"], &state, &pulls);
+        assert_eq!(answer.eta, Some(Duration::from_secs(20)));
+        assert_eq!(answer.eta_p90, Some(Duration::from_secs(20)));
+        assert_eq!(ask(&["r:5000/a:1"], &state, &pulls).eta, Some(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn without_a_measured_rate_the_pull_s_own_serves() {
+        let state = node(vec![]);
+        let mut running = pull("r/a:1", 0, 100);
+        assert_eq!(ask(&["r/a:1"], &state, &[running.clone()]).eta, None);
+        running.bytes_per_second = 50.0;
+        assert_eq!(ask(&["r/a:1"], &state, &[running]).eta, Some(Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn room_is_what_is_free_then_what_nobody_uses() {
+        let mut state = node(vec![image("r/idle:1", 300)]);
+        state.usage.object_bytes = 300;
+        let fit = |missing| ask(&["r/a:1"], &state, &[pull("r/a:1", 0, missing)]).fit.unwrap();
+        assert!(fit(600).fits_without_eviction);
+        assert!(fit(900).fits && !fit(900).fits_without_eviction);
+        assert!(!fit(901).fits);
+        assert_eq!(fit(1).reclaimable_bytes, 300);
+        // A mounted image is not to be had.
+        let digest = image("r/idle:1", 300).digest;
+        let mut mounted = state.clone();
+        mounted.volumes.insert(digest, vec![volume(digest)]);
+        let pulls = [pull("r/a:1", 0, 601)];
+        assert!(!ask(&["r/a:1"], &mounted, &pulls).fit.unwrap().fits);
+    }
+
+    #[test]
+    fn room_is_promised_to_other_pulls_first() {
+        let state = node(vec![]);
+        let pulls = [pull("r/a:1", 0, 300), pull("r/b:1", 0, 400)];
+        let fit = ask(&["r/a:1"], &state, &pulls).fit.unwrap();
+        assert_eq!((fit.reserved_bytes, fit.fits), (400, false));
+    }
+
+    #[test]
+    fn a_failed_pull_is_known_and_has_no_time() {
+        let state = node(vec![]);
+        let mut failed = pull("r/a:1", 10, 100);
+        failed.state = PullState::Failed("denied".into());
+        let wanted = wanted("r/a:1");
+        let pulls = [failed];
+        let model = Model::find(&wanted, &state, &pulls);
+        assert!(model.pull.is_some() && model.missing_bytes().is_none());
+    }
+}

@@ -1,0 +1,228 @@
+//! `carport agent`: which parts there are, how they start, and how they end.
+//!
+//! ```text
+//! Config ─► build: store, GPU thread, state, all sockets bound; fails early ─► serve ─► drain
+//!
+//! drain (SIGTERM, SIGINT)
+//!   1  phase Draining                   /readyz says so
+//!   2  registration socket removed      the kubelet sends nothing new
+//!   3  sockets close                    calls under way end, waiting publishes come again
+//!   4  pre-pull ends, pulls stop        where they can go on later
+//!   5  state, HTTP, GPU thread end      health answers until here
+//! ```
+//!
+//! Mounts stay: pods go on reading without the agent. SIGKILL at any moment costs
+//! nothing but time: stale sockets are replaced at the next start, and the store is sound by itself.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use carport_csi::mount::KernelMounter;
+use carport_csi::{BoundDriver, Driver, DriverConfig, Volumes};
+use carport_image::source::Sources;
+use carport_image::{Puller, Store};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::{Api, Socket};
+use crate::config::Config;
+use crate::gpu::{self, GpuHandle};
+use crate::http::{self, Pages};
+use crate::metrics::Metrics;
+use crate::prepull;
+use crate::state::{Keeper, NodeState};
+
+/// How long calls under way may take to end; Kubernetes kills after 30 s.
+const DRAIN: Duration = Duration::from_secs(10);
+/// How long a GPU driver or a scraper's connection may hang at the end.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How far the agent is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Not all is served yet.
+    Starting,
+    /// All is served.
+    Serving,
+    /// The end has begun; no new work is taken.
+    Draining,
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+///
+/// # Errors
+///
+/// When something cannot be opened or bound, or a part ends that should not.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    // Before anything is bound: a signal that comes meanwhile is then not lost.
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let agent = Agent::build(config).await?;
+    agent
+        .serve(async move {
+            tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            }
+        })
+        .await
+}
+
+/// Everything opened and bound, nothing served yet.
+struct Agent {
+    config: Config,
+    puller: Puller,
+    driver: Option<BoundDriver>,
+    gpus: GpuHandle,
+    metrics: Arc<Metrics>,
+    keeper: Keeper,
+    state: watch::Receiver<Arc<NodeState>>,
+    socket: Socket,
+    http: tokio::net::TcpListener,
+}
+
+impl Agent {
+    async fn build(config: Config) -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            !config.csi.enabled || rustix::process::geteuid().is_root(),
+            "csi.enabled: mounting volumes needs root; run the agent as root, or write false \
+             (--csi false)"
+        );
+        // The socket first: where another agent runs, nothing of its store is touched.
+        let socket = Socket::bind(&config.api.socket).await?;
+        let http = http::bind(config.http.listen).await?;
+        let root = config.root.clone();
+        let store = tokio::task::spawn_blocking(move || Store::open(root)).await??;
+        let sources = Sources::new(config.registry_options())?;
+        let puller = Puller::new(store, sources, config.pull_options());
+        let volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter));
+        let driver = match config.csi.enabled {
+            true => Some(bind_driver(&config, &volumes)?),
+            false => None,
+        };
+        if driver.is_some() {
+            let found = volumes.reconcile(&config.csi.kubelet_dir.join("pods")).await?;
+            tracing::info!(?found, "volumes from before");
+        }
+        let gpus = gpu::start(config.gpu_options()).context("start the GPU thread")?;
+        let metrics = Arc::new(Metrics::default());
+        let (keeper, state) =
+            Keeper::new(puller.clone(), volumes, gpus.reader(), Arc::clone(&metrics)).await?;
+        Ok(Self { config, puller, driver, gpus, metrics, keeper, state, socket, http })
+    }
+
+    async fn serve(self, end: impl Future<Output = &'static str>) -> anyhow::Result<()> {
+        let Self { config, puller, driver, gpus, metrics, keeper, state, socket, http } = self;
+        let (phase, phase_seen) = watch::channel(Phase::Starting);
+        let (mut calls, mut work, mut rest) =
+            (Group::default(), Group::default(), Group::default());
+        let address = http.local_addr().context("ask for the HTTP address")?;
+
+        let node = config.node_name.clone();
+        let api = Api::new(node, state.clone(), phase_seen.clone(), puller.clone());
+        calls.start(|stop| async move { api.serve(socket, stop).await });
+        if let Some(driver) = driver {
+            calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });
+        }
+        if let Some(list) = config.prepull.list.clone() {
+            let (puller, metrics) = (puller.clone(), Arc::clone(&metrics));
+            work.start(|stop| async move {
+                prepull::run(list, puller, metrics, stop).await;
+                Ok(())
+            });
+        }
+        rest.start(|stop| async move {
+            keeper.run(stop).await;
+            Ok(())
+        });
+        let pages = Pages { state, phase: phase_seen, metrics };
+        rest.start(|stop| http::serve(http, pages, stop));
+        phase.send_replace(Phase::Serving);
+        tracing::info!(
+            node = %config.node_name,
+            root = %config.root.display(),
+            socket = %config.api.socket.display(),
+            http = %address,
+            version = env!("CARGO_PKG_VERSION"),
+            "serving"
+        );
+
+        // A part that ends by itself takes the agent down: half an agent answers wrongly.
+        let outcome = tokio::select! {
+            reason = end => {
+                tracing::info!(reason, "stopping");
+                Ok(())
+            }
+            error = calls.failure() => Err(error),
+            error = work.failure() => Err(error),
+            error = rest.failure() => Err(error),
+        };
+
+        phase.send_replace(Phase::Draining);
+        // Publishes that wait for a pull are answered before the pull is stopped under them.
+        calls.end(DRAIN).await;
+        work.end(DRAIN).await;
+        puller.shutdown().await;
+        rest.end(PATIENCE).await;
+        gpus.shutdown(PATIENCE).await;
+        tracing::info!("stopped; mounts stay");
+        outcome
+    }
+}
+
+/// Parts of the agent that end together.
+#[derive(Default)]
+struct Group {
+    tasks: JoinSet<anyhow::Result<()>>,
+    stop: CancellationToken,
+}
+
+impl Group {
+    /// Starts a part that ends when its token is cancelled, and not before.
+    fn start<F>(&mut self, part: impl FnOnce(CancellationToken) -> F)
+    where
+        F: Future<Output = anyhow::Result<()>> + Send + 'static,
+    {
+        self.tasks.spawn(part(self.stop.clone()));
+    }
+
+    /// Waits for a part to end that should not. A group without parts never fails.
+    async fn failure(&mut self) -> anyhow::Error {
+        match self.tasks.join_next().await {
+            None => std::future::pending().await,
+            Some(Ok(Ok(()))) => anyhow::anyhow!("a part of the agent ended by itself; see its log"),
+            Some(Ok(Err(error))) => error,
+            Some(Err(error)) => anyhow::Error::new(error).context("a part of the agent"),
+        }
+    }
+
+    /// Ends all parts; what has not ended within `patience` is cut off.
+    async fn end(mut self, patience: Duration) {
+        self.stop.cancel();
+        let all = async {
+            while let Some(ended) = self.tasks.join_next().await {
+                match ended {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::error!(error = format!("{error:#}"), "stop a part"),
+                    Err(error) => tracing::error!(%error, "stop a part"),
+                }
+            }
+        };
+        if tokio::time::timeout(patience, all).await.is_err() {
+            tracing::warn!(waited_s = patience.as_secs(), "what was under way is cut off");
+        }
+    }
+}
+
+/// Binds the driver's sockets; the kubelet learns of it when it is served.
+fn bind_driver(config: &Config, volumes: &Volumes) -> anyhow::Result<BoundDriver> {
+    let driver = DriverConfig::in_kubelet_folder(
+        &config.csi.driver_name,
+        &config.node_name,
+        &config.csi.kubelet_dir,
+    )?;
+    Ok(Driver::new(driver, volumes.clone()).bind()?)
+}

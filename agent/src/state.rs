@@ -1,0 +1,264 @@
+//! What this node is, as one value behind a watch.
+//!
+//! ```text
+//! puller's changes ─┐
+//! store directories ┼─► Keeper ─► read the store (blocking thread) ─► NodeState ─► watch ─► api, http
+//! GPU snapshots ────┤                                                   │
+//! a second's tick ──┘                                                   └─ revision + 1
+//! ```
+//!
+//! # What always holds
+//!
+//! - **Readers never wait.** A reader borrows the newest value; disk, registry and NVML are asked
+//!   by the keeper alone.
+//! - **The revision tells.** Two values of one epoch with the same sequence are equal but for
+//!   pull progress, which is read live from the puller, and for readings: rates, temperatures.
+//! - **Changes are gathered.** However many events come, the store is read at most ten times a
+//!   second, and its objects are walked at most every two seconds.
+//!
+//! Other processes (`carport pull` on the same root) change the store, too: its directories
+//! are watched, and read again once a minute in case a watch was not to be had.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use carport_csi::volume::VolumeRecord;
+use carport_image::pull::{PullProgress, PullState};
+use carport_image::store::{RecordKind, Store, StoreError, StoredImage, Usage};
+use carport_image::{Digest, Reference};
+
+use crate::gpu::GpuInventory;
+
+mod keeper;
+mod rates;
+
+pub use keeper::Keeper;
+pub use rates::{Rate, Rates, host};
+
+/// A point in this node's history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Revision {
+    /// Another one at each start of the agent.
+    pub epoch: Arc<str>,
+    /// Grows by one with each change.
+    pub sequence: u64,
+}
+
+/// Something that is wrong with the node: a fixed code, and a sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// `STORE_UNREADABLE`, `DISK_PRESSURE`.
+    pub code: &'static str,
+    /// What is wrong, and what to do.
+    pub message: String,
+}
+
+/// The node, at one moment.
+#[derive(Debug, Clone)]
+pub struct NodeState {
+    /// Which moment.
+    pub revision: Revision,
+    /// When this was last known to be true.
+    pub observed_at: SystemTime,
+    /// Complete images.
+    pub images: BTreeMap<Digest, Arc<StoredImage>>,
+    /// What each reference means here, in canonical form.
+    pub references: HashMap<String, Digest>,
+    /// Published volumes, by image.
+    pub volumes: HashMap<Digest, Vec<VolumeRecord>>,
+    /// The disk.
+    pub usage: Usage,
+    /// Pulls in flight when last looked at; [`NodeState::pulls`] has them as they are now.
+    pulls: Vec<PullProgress>,
+    /// The GPUs as last seen; read them with `as_of`, which knows when that is too long ago.
+    pub gpus: Arc<GpuInventory>,
+    /// What registries gave lately.
+    pub rates: Arc<Rates>,
+    /// What is wrong. Empty: the node is well.
+    pub troubles: Vec<Trouble>,
+}
+
+/// What is read from the store in one go.
+#[derive(Debug, PartialEq)]
+struct Contents {
+    images: BTreeMap<Digest, Arc<StoredImage>>,
+    references: HashMap<String, Digest>,
+    volumes: HashMap<Digest, Vec<VolumeRecord>>,
+}
+
+impl Contents {
+    /// Blocking: reads one small file an image and a volume.
+    fn read(store: &Store) -> Result<Self, StoreError> {
+        let mut contents =
+            Self { images: BTreeMap::new(), references: HashMap::new(), volumes: HashMap::new() };
+        for image in store.images()? {
+            for reference in &image.references {
+                contents.references.insert(reference.clone(), image.digest);
+            }
+            contents.images.insert(image.digest, Arc::new(image));
+        }
+        for (_, volume) in store.records(RecordKind::Volumes).list::<VolumeRecord>()? {
+            contents.volumes.entry(volume.digest).or_default().push(volume);
+        }
+        Ok(contents)
+    }
+}
+
+impl NodeState {
+    /// A node that holds nothing yet.
+    fn empty(gpus: Arc<GpuInventory>) -> Self {
+        Self {
+            revision: Revision { epoch: epoch(), sequence: 0 },
+            observed_at: SystemTime::now(),
+            images: BTreeMap::new(),
+            references: HashMap::new(),
+            volumes: HashMap::new(),
+            usage: Usage::default(),
+            pulls: Vec::new(),
+            gpus,
+            rates: Arc::default(),
+            troubles: Vec::new(),
+        }
+    }
+
+    /// The digest that `reference` means on this node: its own, or what the store recorded.
+    pub fn resolve(&self, reference: &Reference) -> Option<Digest> {
+        let recorded = || self.references.get(&reference.to_string()).copied();
+        reference.digest().or_else(recorded)
+    }
+
+    /// The pulls that go with this state: `now`, the puller's list, and what has just left it. A
+    /// pull that is over is finishing until the state has its image, never absent for a moment.
+    pub fn pulls(&self, mut now: Vec<PullProgress>) -> Vec<PullProgress> {
+        for pull in &self.pulls {
+            if !now.iter().any(|other| same_pull(other, pull)) {
+                let (state, done_bytes) = (PullState::Finishing, pull.total_bytes);
+                now.push(PullProgress { state, done_bytes, ..pull.clone() });
+            }
+        }
+        now
+    }
+
+    /// Published volumes of `digest`.
+    pub fn mounts(&self, digest: &Digest) -> u32 {
+        let count = self.volumes.get(digest).map_or(0, Vec::len);
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// Unpacked bytes of images that published volumes use.
+    pub fn mounted_bytes(&self) -> u64 {
+        let mounted = self.volumes.keys().filter_map(|digest| self.images.get(digest));
+        mounted.map(|image| image.unpacked_bytes).sum()
+    }
+}
+
+/// Whether a pull is still on its way.
+pub fn in_flight(pull: &PullProgress) -> bool {
+    !matches!(pull.state, PullState::Done | PullState::Failed(_))
+}
+
+/// Whether two looks saw the same pull.
+pub fn same_pull(a: &PullProgress, b: &PullProgress) -> bool {
+    a.started_at == b.started_at && a.reference == b.reference
+}
+
+/// Another text at each start, also when a container gives each start the same process id.
+fn epoch() -> Arc<str> {
+    let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    format!("{nanoseconds:x}-{:x}", std::process::id()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fixtures::{image, node, pull};
+    use super::*;
+
+    #[test]
+    fn a_pull_that_has_just_ended_is_finishing_until_its_image_is_seen() {
+        let mut state = node(vec![]);
+        state.pulls = vec![pull("r/a:1", 40, 100), pull("r/b:1", 1, 10)];
+        let pulls = state.pulls(vec![pull("r/b:1", 5, 10)]);
+        assert_eq!(pulls[0], pull("r/b:1", 5, 10));
+        assert_eq!(pulls[1].state, PullState::Finishing);
+        assert_eq!((pulls[1].done_bytes, pulls.len()), (100, 2));
+    }
+
+    #[test]
+    fn a_reference_means_its_own_digest_or_what_was_recorded() {
+        let state = node(vec![image("r/a:1", 1)]);
+        let digest = image("r/a:1", 1).digest;
+        assert_eq!(state.resolve(&"r/a:1".parse().unwrap()), Some(digest));
+        assert_eq!(state.resolve(&"r/a:2".parse().unwrap()), None);
+        let other = Digest::of(b"other");
+        assert_eq!(state.resolve(&format!("r/a:1@{other}").parse().unwrap()), Some(other));
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod fixtures {
+    use super::*;
+    use carport_csi::volume::{TargetPath, VolumeId};
+    use carport_image::manifest::Packaging;
+
+    /// A stored image named by `reference`, with the digest of its name.
+    pub(crate) fn image(reference: &str, unpacked_bytes: u64) -> StoredImage {
+        StoredImage {
+            digest: Digest::of(reference.as_bytes()),
+            references: vec![reference.parse::<Reference>().unwrap().to_string()],
+            packaging: Packaging::OciImage,
+            unpacked_bytes,
+            files: 1,
+            layers: Vec::new(),
+            pulled_at: UNIX_EPOCH,
+        }
+    }
+
+    /// A node with `images`, 1,000 bytes of disk and 600 of them free.
+    pub(crate) fn node(images: Vec<StoredImage>) -> NodeState {
+        let mut state = NodeState::empty(no_gpus());
+        for image in images {
+            for reference in &image.references {
+                state.references.insert(reference.clone(), image.digest);
+            }
+            state.images.insert(image.digest, Arc::new(image));
+        }
+        state.usage.capacity_bytes = 1_000;
+        state.usage.free_bytes = 600;
+        state
+    }
+
+    /// The inventory of a node where nobody looks.
+    pub(crate) fn no_gpus() -> Arc<GpuInventory> {
+        let options = crate::gpu::GpuOptions { enabled: false, ..Default::default() };
+        crate::gpu::start(options).unwrap().reader().current()
+    }
+
+    /// A published volume.
+    pub(crate) fn volume(digest: Digest) -> VolumeRecord {
+        VolumeRecord {
+            volume_id: VolumeId::parse("v").unwrap(),
+            target: TargetPath::parse("/pods/1/mount").unwrap(),
+            image: "r/a:1".parse().unwrap(),
+            digest,
+            path: None,
+            bytes: 1,
+            files: 1,
+            pod: None,
+            published_at: UNIX_EPOCH,
+        }
+    }
+
+    /// A pull under way.
+    pub(crate) fn pull(reference: &str, done_bytes: u64, total_bytes: u64) -> PullProgress {
+        PullProgress {
+            reference: reference.parse().unwrap(),
+            digest: None,
+            state: PullState::Pulling,
+            done_bytes,
+            total_bytes,
+            started_at: UNIX_EPOCH,
+            bytes_per_second: 0.0,
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Keeps the [`NodeState`] true.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use carport_csi::Volumes;
+use carport_image::Puller;
+use carport_image::pull::PullProgress;
+use carport_image::store::{StoreError, Usage};
+use notify::{RecursiveMode, Watcher as _};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::{Contents, NodeState, Rates, Trouble, in_flight, same_pull};
+use crate::gpu::{GpuInventory, GpuReader};
+use crate::metrics::Metrics;
+use crate::placement::gpus::is_free;
+
+/// From one reading of the store to the next; events within this time share one.
+const SPACING: Duration = Duration::from_millis(100);
+/// The store is read again after so long, whatever the watches say.
+const SAFETY_NET: Duration = Duration::from_secs(60);
+/// Walking the objects of a full store costs some tens of milliseconds: not more often than this.
+const USAGE_SPACING: Duration = Duration::from_secs(2);
+/// How often pulls under way are looked at for rates and counters.
+const SAMPLE: Duration = Duration::from_secs(1);
+/// Below this part of the disk a scheduler should look elsewhere.
+const DISK_PRESSURE_RATIO: f64 = 0.05;
+
+/// Keeps the node's state true, until it is told to stop.
+pub struct Keeper {
+    puller: Puller,
+    volumes: Volumes,
+    gpus: GpuReader,
+    metrics: Arc<Metrics>,
+    state: watch::Sender<Arc<NodeState>>,
+    rates: Rates,
+    // Pulls as last looked at, to count what they brought since.
+    seen: Vec<PullProgress>,
+    // Pulls that have left the puller's list; whether they succeeded the next reading tells.
+    gone: Vec<PullProgress>,
+    // Kept: dropping it ends the watch.
+    _watcher: Option<notify::RecommendedWatcher>,
+    dirty: Arc<Notify>,
+}
+
+impl Keeper {
+    /// Reads the store once, so that the first answer is a true one.
+    ///
+    /// # Errors
+    ///
+    /// When the store cannot be read.
+    pub async fn new(
+        puller: Puller,
+        volumes: Volumes,
+        gpus: GpuReader,
+        metrics: Arc<Metrics>,
+    ) -> Result<(Self, watch::Receiver<Arc<NodeState>>), StoreError> {
+        let dirty = Arc::new(Notify::new());
+        // Before the first reading, so that no change falls between the two.
+        let watcher = watch_store(puller.store().root(), &dirty);
+        let mut state = NodeState::empty(gpus.current());
+        let (contents, usage) = read(&puller, true).await?;
+        state.adopt(contents);
+        if let Some(usage) = usage {
+            state.usage = usage;
+        }
+        state.judge(None);
+        let (state, receiver) = watch::channel(Arc::new(state));
+        let keeper = Self {
+            puller,
+            volumes,
+            gpus,
+            metrics,
+            state,
+            rates: Rates::default(),
+            seen: Vec::new(),
+            gone: Vec::new(),
+            _watcher: watcher,
+            dirty,
+        };
+        Ok((keeper, receiver))
+    }
+
+    /// Follows all changes until `stop`.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let mut changes = self.puller.changes();
+        // Whatever was started before this line.
+        changes.mark_changed();
+        let mut volumes = self.volumes.changes();
+        let mut sample = tokio::time::interval(SAMPLE);
+        sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut safety_net = tokio::time::interval(SAFETY_NET);
+        safety_net.tick().await;
+        let mut walked = Instant::now();
+        let mut read = walked;
+        let mut walk_due = false;
+        loop {
+            let busy = self.seen.iter().any(in_flight);
+            let mut contents_due = false;
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.look_at_pulls().await;
+                    contents_due = true;
+                    walk_due = true;
+                }
+                changed = volumes.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    contents_due = true;
+                }
+                () = self.dirty.notified() => {
+                    contents_due = true;
+                    walk_due = true;
+                }
+                _ = safety_net.tick() => {
+                    contents_due = true;
+                    walk_due = true;
+                }
+                gpus = self.gpus.changed() => self.publish(|state| state.gpus = gpus),
+                _ = sample.tick(), if busy => self.look_at_pulls().await,
+                () = tokio::time::sleep_until(walked + USAGE_SPACING), if walk_due => {
+                    contents_due = true;
+                }
+            }
+            if contents_due {
+                tokio::time::sleep_until(read + SPACING).await;
+                let walk = walk_due && walked.elapsed() >= USAGE_SPACING;
+                self.read_store(walk).await;
+                read = Instant::now();
+                if walk {
+                    walked = Instant::now();
+                    walk_due = false;
+                }
+            }
+        }
+    }
+
+    /// Takes rates and what is free, and counts what pulls brought since the last look.
+    async fn look_at_pulls(&mut self) {
+        let pulls = self.puller.pulls();
+        self.metrics.pulls.observe(&self.seen, &pulls);
+        self.rates.sample(&pulls, SystemTime::now());
+        let left = |pull: &PullProgress| {
+            in_flight(pull) && !pulls.iter().any(|other| same_pull(other, pull))
+        };
+        self.gone.extend(self.seen.iter().filter(|pull| left(pull)).cloned());
+        self.seen = pulls;
+        let on_their_way = self.on_their_way();
+        let rates = Arc::new(self.rates.clone());
+        let free_bytes = free_bytes(self.puller.store().root().to_path_buf()).await;
+        self.state.send_if_modified(|state| {
+            let state = Arc::make_mut(state);
+            state.rates = rates;
+            state.pulls = on_their_way;
+            state.usage.free_bytes = free_bytes.unwrap_or(state.usage.free_bytes);
+            // Readings alone wake nobody.
+            false
+        });
+    }
+
+    /// Pulls that are in flight, and those whose end no reading of the store has shown yet.
+    fn on_their_way(&self) -> Vec<PullProgress> {
+        let running = self.seen.iter().filter(|pull| in_flight(pull));
+        running.chain(&self.gone).cloned().collect()
+    }
+
+    async fn read_store(&mut self, walk: bool) {
+        match read(&self.puller, walk).await {
+            Ok((contents, usage)) => {
+                let gone = std::mem::take(&mut self.gone);
+                let on_their_way = self.on_their_way();
+                self.publish(|state| {
+                    state.adopt(contents);
+                    state.pulls = on_their_way;
+                    if let Some(usage) = usage {
+                        state.usage = usage;
+                    }
+                    state.judge(None);
+                });
+                self.count_ended(&gone);
+            }
+            Err(error) => {
+                tracing::error!(%error, "read the store");
+                self.publish(|state| state.judge(Some(&error)));
+            }
+        }
+    }
+
+    /// Counts the pulls that are over: those that succeeded are in the store now, and of those
+    /// that nobody waited for any more nothing is to be told.
+    fn count_ended(&self, gone: &[PullProgress]) {
+        let state = self.state.borrow();
+        for pull in gone {
+            let digest = pull.digest.or_else(|| state.resolve(&pull.reference));
+            if digest.is_some_and(|digest| state.images.contains_key(&digest)) {
+                self.metrics.pulls.done(pull);
+            }
+        }
+    }
+
+    /// Changes the state; the revision moves only if something is different now.
+    fn publish(&self, change: impl FnOnce(&mut NodeState)) {
+        self.state.send_if_modified(|state| {
+            let before = Arc::clone(state);
+            let now = Arc::make_mut(state);
+            change(now);
+            now.observed_at = SystemTime::now();
+            let changed = !before.same(now);
+            if changed {
+                now.revision.sequence += 1;
+            }
+            changed
+        });
+    }
+}
+
+impl NodeState {
+    fn adopt(&mut self, contents: Contents) {
+        self.images = contents.images;
+        self.references = contents.references;
+        self.volumes = contents.volumes;
+    }
+
+    fn judge(&mut self, error: Option<&StoreError>) {
+        self.troubles.clear();
+        if let Some(error) = error {
+            self.troubles
+                .push(Trouble { code: "STORE_UNREADABLE", message: format!("the store: {error}") });
+        }
+        let Usage { capacity_bytes, free_bytes, .. } = self.usage;
+        #[allow(clippy::cast_precision_loss)]
+        let ratio = free_bytes as f64 / capacity_bytes.max(1) as f64;
+        if capacity_bytes > 0 && ratio < DISK_PRESSURE_RATIO {
+            // Whole numbers only: a message that changes with every byte would be news for ever.
+            self.troubles.push(Trouble {
+                code: "DISK_PRESSURE",
+                message: format!(
+                    "less than {:.0} % of the store's disk is free; remove images with `carport rm` \
+                     and `carport gc`, or enlarge the disk",
+                    DISK_PRESSURE_RATIO * 100.0
+                ),
+            });
+        }
+    }
+
+    /// Equal in all that the revision speaks of.
+    fn same(&self, other: &Self) -> bool {
+        self.images == other.images
+            && self.references == other.references
+            && self.volumes == other.volumes
+            && self.usage == other.usage
+            && self.troubles == other.troubles
+            && same_gpus(&self.gpus, &other.gpus)
+    }
+}
+
+/// Equal but for readings: temperatures are no news.
+fn same_gpus(a: &GpuInventory, b: &GpuInventory) -> bool {
+    let news = |inventory: &GpuInventory| {
+        let gpus = inventory.gpus.iter();
+        gpus.map(|gpu| (gpu.health.clone(), is_free(gpu))).collect::<Vec<_>>()
+    };
+    a.generation == b.generation && a.provider == b.provider && news(a) == news(b)
+}
+
+async fn read(puller: &Puller, walk: bool) -> Result<(Contents, Option<Usage>), StoreError> {
+    let store = puller.store().clone();
+    let read = move || {
+        let usage = if walk { Some(store.usage()?) } else { None };
+        Ok((Contents::read(&store)?, usage))
+    };
+    match tokio::task::spawn_blocking(read).await {
+        Ok(result) => result,
+        // Only a panic in the store gets here; the store is then as unreadable as any.
+        Err(error) => Err(StoreError::Corrupt(format!("reading the store: {error}"))),
+    }
+}
+
+/// What this user can still write on the file system of `root`, as [`Usage`] has it.
+async fn free_bytes(root: PathBuf) -> Option<u64> {
+    let space = tokio::task::spawn_blocking(move || rustix::fs::statvfs(&root)).await.ok()?.ok()?;
+    Some(space.f_bavail.saturating_mul(space.f_frsize))
+}
+
+/// Calls `dirty` when another process changes what the store holds.
+///
+/// Without watches (their number is limited) the safety net serves alone.
+fn watch_store(root: &Path, dirty: &Arc<Notify>) -> Option<notify::RecommendedWatcher> {
+    let notified = Arc::clone(dirty);
+    let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Our own readings open and close files in there; that is no news.
+        if event.is_ok_and(|event| event.kind.is_access()) {
+            return;
+        }
+        notified.notify_one();
+    });
+    let watched = watcher.and_then(|mut watcher| {
+        for name in ["trees", "refs", "volumes"] {
+            let directory = root.join(name);
+            if directory.is_dir() {
+                watcher.watch(&directory, RecursiveMode::NonRecursive)?;
+            }
+        }
+        Ok(watcher)
+    });
+    watched
+        .inspect_err(|error| {
+            tracing::warn!(
+                root = %root.display(), %error,
+                "cannot watch the store; changes by other processes are seen within a minute"
+            );
+        })
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::fixtures::{image, node};
+
+    #[test]
+    fn readings_are_no_news_and_contents_are() {
+        let before = node(vec![image("r/a:1", 1)]);
+        let mut after = before.clone();
+        after.rates = Arc::new(Rates::default());
+        after.observed_at = SystemTime::now();
+        after.gpus = crate::state::fixtures::no_gpus();
+        assert!(before.same(&after));
+        after.usage.free_bytes += 1;
+        assert!(!before.same(&after));
+        assert!(!before.same(&node(vec![])));
+    }
+
+    #[test]
+    fn a_full_disk_and_an_unreadable_store_are_troubles_until_they_are_over() {
+        let codes = |state: &NodeState| {
+            state.troubles.iter().map(|trouble| trouble.code).collect::<Vec<_>>()
+        };
+        let mut state = node(vec![]);
+        state.judge(None);
+        assert_eq!(codes(&state), [""; 0]);
+        state.usage.free_bytes = 49;
+        state.judge(Some(&StoreError::Corrupt("refs: damaged".into())));
+        assert_eq!(codes(&state), ["STORE_UNREADABLE", "DISK_PRESSURE"]);
+        state.usage.free_bytes = 50;
+        state.judge(None);
+        assert_eq!(codes(&state), [""; 0]);
+    }
+}
