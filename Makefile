@@ -1,0 +1,55 @@
+# What carport's people type. Each target sets up what it needs first.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+CARGO ?= cargo
+
+# What the build, the tests and the demo use besides Rust. All of it is in Debian and Ubuntu.
+PACKAGES := build-essential ca-certificates curl docker-registry fuse3 pkg-config protobuf-compiler skopeo util-linux
+PROGRAMS := cc curl docker-registry fusermount3 protoc skopeo unshare
+
+.PHONY: help
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install the packages that build, tests and demo need (as root, Debian or Ubuntu)
+	@missing=; for program in $(PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+		echo "setup: missing:$$missing; install them with your system's package manager" >&2; exit 1; fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+		echo "setup: missing:$$missing; run 'sudo make setup' once" >&2; exit 1; fi; \
+	echo "setup: installing what is missing:$$missing"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null
+	@command -v $(CARGO) >/dev/null || { echo "setup: no cargo: install Rust 1.91 or newer from https://rustup.rs" >&2; exit 1; }
+
+.PHONY: build
+build: setup ## Build the optimised binary: target/release/carport
+	$(CARGO) build --release --package carport-agent
+
+.PHONY: demo
+demo: setup ## Run the main job on this machine and show each step (as root)
+	@$(CARGO) build --quiet --package carport-agent --package carport-tests --bins
+	@target/debug/carport-demo
+
+.PHONY: test
+test: setup ## Run all tests; those that need root, FUSE or a registry say so where they skip
+	$(CARGO) test --workspace --all-targets
+	$(CARGO) test --workspace --doc
+
+.PHONY: lint
+lint: setup ## Formatting and lints, warnings refused
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+.PHONY: bench
+bench: setup ## Measure carport beside its peers; one JSON object a line in target/bench/results.jsonl (as root)
+	$(CARGO) build --release --package carport-agent
+	$(CARGO) bench --package carport-tests --bench node
+
+.PHONY: doc
+doc: setup ## Build the API documentation
+	$(CARGO) doc --workspace --no-deps

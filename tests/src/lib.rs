@@ -1,0 +1,14 @@
+//! Support for tests over whole nodes: real servers, fixtures, and suites that several
+//! implementations pass.
+//!
+//! Nothing here is mocked where the real thing can run: [`registry`] starts Debian's
+//! docker-registry. What the real thing never does on request is scripted: [`scripted`]
+//! is an HTTP server that answers, stalls and breaks off as a test says.
+
+pub mod carport;
+pub mod demo;
+pub mod models;
+pub mod node;
+pub mod registry;
+pub mod scripted;
+pub mod sources;

@@ -1,0 +1,431 @@
+//! `deploy/` says what the agent does and what the kubelet needs.
+//!
+//! The configuration in the ConfigMap is read by the real `carport agent`, with the
+//! environment that the DaemonSet gives it; what comes out decides which mounts, ports and
+//! names the manifests must have. Attributes of example volumes are parsed by the driver itself.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use carport_agent::prepull::List;
+use carport_csi::volume::VolumeAttributes;
+use carport_tests::carport::{binary, workspace};
+use carport_tests::registry::installed;
+use serde_json::{Value, json};
+
+fn deploy(path: &str) -> PathBuf {
+    workspace().join("deploy").join(path)
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The documents of a YAML text.
+fn documents(text: &str) -> Vec<Value> {
+    serde_saphyr::from_multiple(text).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The one object of this kind in the base.
+fn base(kind: &str) -> Value {
+    let list = &documents(&read(&deploy("daemonset/base/kustomization.yaml")))[0];
+    let mut found: Vec<Value> = strings(&list["resources"])
+        .iter()
+        .flat_map(|file| documents(&read(&deploy("daemonset/base").join(file))))
+        .filter(|object| object["kind"] == kind)
+        .collect();
+    assert_eq!(found.len(), 1, "{kind} in the base");
+    found.remove(0)
+}
+
+fn strings(list: &Value) -> Vec<&str> {
+    list.as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+fn array(list: &Value) -> &[Value] {
+    list.as_array().map_or(&[], Vec::as_slice)
+}
+
+/// The entry of a list with this name.
+fn named<'a>(list: &'a Value, name: &str) -> &'a Value {
+    array(list)
+        .iter()
+        .find(|entry| entry["name"] == name)
+        .unwrap_or_else(|| panic!("no {name:?} in {list:#}"))
+}
+
+fn pod() -> Value {
+    base("DaemonSet")["spec"]["template"]["spec"].clone()
+}
+
+fn agent(pod: &Value) -> &Value {
+    assert_eq!(array(&pod["containers"]).len(), 1);
+    named(&pod["containers"], "agent")
+}
+
+/// What `carport agent` makes of the ConfigMap and the DaemonSet's environment.
+fn config() -> Value {
+    let pod = pod();
+    let container = agent(&pod);
+    let mut words = strings(&container["command"]).into_iter();
+    assert_eq!(words.next(), Some("carport"));
+    let mut command = Command::new(binary());
+    command.args(words).args(strings(&container["args"])).args(["--print-config", "-o", "json"]);
+    command.env_clear();
+    for variable in array(&container["env"]) {
+        let name = variable["name"].as_str().unwrap();
+        let value = match name {
+            "CARPORT_NODE_NAME" => {
+                assert_eq!(variable["valueFrom"]["fieldRef"]["fieldPath"], "spec.nodeName");
+                "gpu-node-7".to_owned()
+            }
+            // Where the ConfigMap is mounted in a pod; here its source.
+            "CARPORT_CONFIG" => {
+                let path = variable["value"].as_str().unwrap();
+                let config = volume_at(&pod, Path::new(path).parent().unwrap());
+                assert_eq!(config["configMap"]["name"], "carport-config");
+                let file = Path::new(path).file_name().unwrap();
+                deploy("daemonset/base").join(file).display().to_string()
+            }
+            _ => variable["value"].as_str().unwrap().to_owned(),
+        };
+        command.env(name, value);
+    }
+    let output = command.output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {errors}"))
+}
+
+/// The volume that is mounted at exactly `path` in the agent's container.
+fn volume_at<'a>(pod: &'a Value, path: &Path) -> &'a Value {
+    let mounts = &agent(pod)["volumeMounts"];
+    let mount = array(mounts)
+        .iter()
+        .find(|mount| mount["mountPath"].as_str() == path.to_str())
+        .unwrap_or_else(|| panic!("nothing is mounted at {}", path.display()));
+    named(&pod["volumes"], mount["name"].as_str().unwrap())
+}
+
+#[test]
+fn the_agent_accepts_the_config_map_and_the_environment() {
+    let config = config();
+    assert_eq!(config["nodeName"], "gpu-node-7");
+    assert_eq!(config["csi"]["enabled"], json!(true), "as root, which the container is");
+    assert_eq!(config["log"]["format"], "json");
+}
+
+#[test]
+fn the_csi_driver_is_as_the_kubelet_needs_it() {
+    let driver = base("CSIDriver");
+    assert_eq!(driver["apiVersion"], "storage.k8s.io/v1");
+    assert_eq!(driver["metadata"]["name"], config()["csi"]["driverName"]);
+    let expected = json!({
+        "attachRequired": false,
+        "volumeLifecycleModes": ["Persistent", "Ephemeral"],
+        "podInfoOnMount": true,
+        "requiresRepublish": false,
+        "fsGroupPolicy": "None",
+        "seLinuxMount": false,
+    });
+    assert_eq!(driver["spec"], expected);
+}
+
+#[test]
+fn every_path_of_the_agent_is_the_hosts_under_the_same_name() {
+    let (config, pod) = (config(), pod());
+    let path = |value: &Value| PathBuf::from(value.as_str().unwrap());
+    let kubelet = path(&config["csi"]["kubeletDir"]);
+    let driver = config["csi"]["driverName"].as_str().unwrap();
+    let socket = path(&config["api"]["socket"]);
+    for (host_path, kind) in [
+        (path(&config["root"]), "DirectoryOrCreate"),
+        (socket.parent().unwrap().to_owned(), "DirectoryOrCreate"),
+        (kubelet.join("plugins").join(driver), "DirectoryOrCreate"),
+        (kubelet.join("plugins_registry"), "Directory"),
+        (kubelet.join("pods"), "Directory"),
+        ("/dev".into(), "Directory"),
+    ] {
+        let volume = volume_at(&pod, &host_path);
+        let expected = json!({"path": host_path.to_str().unwrap(), "type": kind});
+        assert_eq!(volume["hostPath"], expected);
+    }
+}
+
+#[test]
+fn mounts_reach_the_host_from_the_pods_folder_alone() {
+    let pod = pod();
+    for mount in array(&agent(&pod)["volumeMounts"]) {
+        let pods = mount["mountPath"] == "/var/lib/kubelet/pods";
+        let expected = if pods { json!("Bidirectional") } else { Value::Null };
+        assert_eq!(mount["mountPropagation"], expected, "{mount}");
+        assert_eq!(mount["subPath"], Value::Null, "a subPath never changes");
+        let named = named(&pod["volumes"], mount["name"].as_str().unwrap());
+        let of_host = named.get("hostPath").is_some();
+        assert_eq!(mount["readOnly"] == true, !of_host, "{mount}");
+    }
+    assert_eq!(
+        array(&agent(&pod)["volumeMounts"]).len(),
+        array(&pod["volumes"]).len(),
+        "each volume is mounted once"
+    );
+}
+
+#[test]
+fn the_agent_has_the_rights_it_needs_and_no_token() {
+    let (pod, account) = (pod(), base("ServiceAccount"));
+    let expected = json!({
+        "privileged": true, "runAsUser": 0, "runAsGroup": 0, "readOnlyRootFilesystem": true,
+    });
+    assert_eq!(agent(&pod)["securityContext"], expected);
+    assert_eq!(pod["hostNetwork"], true);
+    for absent in ["hostPID", "hostIPC", "initContainers"] {
+        assert_eq!(pod[absent], Value::Null, "{absent}");
+    }
+    assert_eq!(pod["serviceAccountName"], account["metadata"]["name"]);
+    assert_eq!(pod["automountServiceAccountToken"], false);
+    assert_eq!(account["automountServiceAccountToken"], false);
+    let (role, binding) = (base("Role"), base("RoleBinding"));
+    let expected = json!([{
+        "apiGroups": ["security.openshift.io"], "resources": ["securitycontextconstraints"],
+        "resourceNames": ["privileged"], "verbs": ["use"],
+    }]);
+    assert_eq!(role["rules"], expected, "nothing of Kubernetes itself");
+    assert_eq!(binding["roleRef"]["name"], role["metadata"]["name"]);
+    assert_eq!(binding["subjects"][0]["name"], account["metadata"]["name"]);
+    let labels = &base("Namespace")["metadata"]["labels"];
+    assert_eq!(labels["pod-security.kubernetes.io/enforce"], "privileged");
+}
+
+#[test]
+fn an_agent_is_on_every_node_and_two_never_on_one() {
+    let set = base("DaemonSet");
+    let expected =
+        json!({"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}});
+    assert_eq!(set["spec"]["updateStrategy"], expected);
+    let pod = &set["spec"]["template"]["spec"];
+    assert_eq!(pod["tolerations"], json!([{"operator": "Exists"}]));
+    assert_eq!(pod["priorityClassName"], "system-node-critical");
+    let selected = &set["spec"]["selector"]["matchLabels"];
+    assert_eq!(&set["spec"]["template"]["metadata"]["labels"], selected);
+}
+
+#[test]
+fn probes_ask_the_port_that_the_agent_serves() {
+    let (config, pod) = (config(), pod());
+    let container = agent(&pod);
+    let listen: std::net::SocketAddr = config["http"]["listen"].as_str().unwrap().parse().unwrap();
+    assert!(listen.ip().is_unspecified(), "the kubelet asks at the node's address");
+    assert_eq!(named(&container["ports"], "http")["containerPort"], listen.port());
+    for (probe, path) in
+        [("startupProbe", "/readyz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")]
+    {
+        let expected = json!({"path": path, "port": "http"});
+        assert_eq!(container[probe]["httpGet"], expected, "{probe}");
+    }
+    // Else Kubernetes would kill what still drains.
+    assert_eq!(pod["terminationGracePeriodSeconds"], 30);
+}
+
+#[test]
+fn the_pre_pull_list_is_one_and_its_examples_are_too() {
+    let (config, pod) = (config(), pod());
+    let list = Path::new(config["prepull"]["list"].as_str().unwrap());
+    let volume = volume_at(&pod, list.parent().unwrap());
+    let name = volume["configMap"]["name"].as_str().unwrap();
+    let generators =
+        &documents(&read(&deploy("daemonset/base/kustomization.yaml")))[0]["configMapGenerator"];
+    let generator = named(generators, name);
+    let file = list.file_name().unwrap().to_str().unwrap();
+    assert_eq!(strings(&generator["files"]), [file]);
+    assert_eq!(
+        generator["options"]["disableNameSuffixHash"], true,
+        "a new list is followed, and restarts nothing"
+    );
+    let text = read(&deploy("daemonset/base").join(file));
+    let parse = |text: &str| List::parse(list, text).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(parse(&text).images, []);
+    // As somebody would who takes the comments away.
+    let example = text.replace("images: []", "images:").replace("\n#  - ", "\n  - ");
+    let example = example.replace('…', &"0".repeat(64));
+    assert_eq!(parse(&example).images.len(), 2);
+}
+
+#[test]
+fn a_registry_login_is_optional_and_where_it_is_looked_for() {
+    let pod = pod();
+    let folder = named(&agent(&pod)["env"], "DOCKER_CONFIG")["value"].as_str().unwrap();
+    let secret = &volume_at(&pod, Path::new(folder))["secret"];
+    assert_eq!(secret["optional"], true);
+    let expected = json!([{"key": ".dockerconfigjson", "path": "config.json"}]);
+    assert_eq!(secret["items"], expected);
+}
+
+#[test]
+fn the_image_is_of_this_version() {
+    for path in ["daemonset", "daemonset/overlays/nvidia"] {
+        let text = read(&deploy(path).join("kustomization.yaml"));
+        let images = &documents(&text)[0]["images"];
+        assert_eq!(named(images, "carport")["newTag"], env!("CARGO_PKG_VERSION"), "{path}");
+    }
+    assert_eq!(agent(&pod())["image"], "carport", "the name that is replaced");
+}
+
+/// All example objects, with the file that they stand in.
+fn examples() -> Vec<(String, Value)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(deploy("examples")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        found.extend(documents(&read(&path)).into_iter().map(|object| (name.clone(), object)));
+    }
+    assert!(!found.is_empty());
+    found
+}
+
+/// The pod that an object is or makes.
+fn pod_of(object: &Value) -> Option<&Value> {
+    match object["kind"].as_str()? {
+        "Pod" => Some(&object["spec"]),
+        "Deployment" => Some(&object["spec"]["template"]["spec"]),
+        _ => None,
+    }
+}
+
+#[test]
+fn the_driver_takes_the_volumes_of_the_examples() {
+    let driver = base("CSIDriver")["metadata"]["name"].clone();
+    let mut seen = 0;
+    for (file, object) in examples() {
+        let of_pod = pod_of(&object).map(|pod| array(&pod["volumes"])).unwrap_or_default();
+        let of_pv = [object["spec"].clone()];
+        let volumes = if object["kind"] == "PersistentVolume" { &of_pv } else { of_pod };
+        for csi in volumes.iter().filter_map(|volume| volume.get("csi")) {
+            assert_eq!(csi["driver"], driver, "{file}");
+            assert_eq!(csi["readOnly"], true, "{file}: SELinux hosts need it said");
+            let attributes = csi["volumeAttributes"].as_object().unwrap();
+            let context = attributes.iter().map(|(key, value)| (&**key, value.as_str().unwrap()));
+            let parsed =
+                VolumeAttributes::parse(context).unwrap_or_else(|error| panic!("{file}: {error}"));
+            assert_eq!(parsed.path.unwrap().to_string(), "/models", "{file}");
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 3, "inline, persistent, vLLM");
+}
+
+#[test]
+fn a_claim_finds_its_volume() {
+    let examples = examples();
+    let one = |kind: &str| {
+        let mut found = examples.iter().map(|(_, object)| object).filter(|o| o["kind"] == kind);
+        found.next().unwrap_or_else(|| panic!("no {kind}"))
+    };
+    let (volume, claim) = (one("PersistentVolume"), one("PersistentVolumeClaim"));
+    assert_eq!(claim["spec"]["volumeName"], volume["metadata"]["name"]);
+    for key in ["name", "namespace"] {
+        assert_eq!(volume["spec"]["claimRef"][key], claim["metadata"][key]);
+    }
+    for key in ["accessModes", "storageClassName"] {
+        assert_eq!(volume["spec"][key], claim["spec"][key]);
+    }
+    assert_eq!(claim["spec"]["resources"]["requests"], volume["spec"]["capacity"]);
+    let claimed = examples.iter().filter_map(|(_, object)| pod_of(object)).any(|pod| {
+        let claims =
+            array(&pod["volumes"]).iter().map(|v| &v["persistentVolumeClaim"]["claimName"]);
+        claims.into_iter().any(|name| *name == claim["metadata"]["name"])
+    });
+    assert!(claimed, "a pod shows how");
+}
+
+/// <https://kubernetes.io/docs/concepts/security/pod-security-standards/>
+#[test]
+fn pods_of_the_examples_are_restricted() {
+    for (file, object) in examples() {
+        let Some(pod) = pod_of(&object) else { continue };
+        let context = &pod["securityContext"];
+        assert_eq!(context["runAsNonRoot"], true, "{file}");
+        assert_ne!(context["runAsUser"], 0, "{file}");
+        assert_eq!(context["seccompProfile"]["type"], "RuntimeDefault", "{file}");
+        for host in ["hostNetwork", "hostPID", "hostIPC"] {
+            assert_eq!(pod[host], Value::Null, "{file}");
+        }
+        for container in array(&pod["containers"]) {
+            let context = &container["securityContext"];
+            assert_eq!(context["allowPrivilegeEscalation"], false, "{file}");
+            assert_eq!(context["capabilities"], json!({"drop": ["ALL"]}), "{file}");
+            assert_eq!(context["privileged"], Value::Null, "{file}");
+        }
+        for volume in array(&pod["volumes"]) {
+            let kinds: Vec<&String> =
+                volume.as_object().unwrap().keys().filter(|key| *key != "name").collect();
+            let allowed = ["csi", "emptyDir", "persistentVolumeClaim"];
+            assert!(kinds.iter().all(|kind| allowed.contains(&kind.as_str())), "{file}: {kinds:?}");
+        }
+    }
+}
+
+fn kustomize(path: &str) -> Option<Vec<Value>> {
+    if !installed("kubectl") {
+        return None;
+    }
+    let output = Command::new("kubectl").arg("kustomize").arg(deploy(path)).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(documents(&text))
+}
+
+#[test]
+fn kustomize_makes_one_whole_of_it() {
+    let Some(objects) = kustomize("daemonset") else { return };
+    let kinds: Vec<&str> = objects.iter().filter_map(|object| object["kind"].as_str()).collect();
+    let mut sorted = kinds.clone();
+    sorted.sort_unstable();
+    let expected = [
+        "CSIDriver",
+        "ConfigMap",
+        "ConfigMap",
+        "DaemonSet",
+        "Namespace",
+        "Role",
+        "RoleBinding",
+        "ServiceAccount",
+    ];
+    assert_eq!(sorted, expected);
+    for object in &objects {
+        let namespaced = !["CSIDriver", "Namespace"].contains(&object["kind"].as_str().unwrap());
+        let expected = if namespaced { json!("carport-system") } else { Value::Null };
+        assert_eq!(object["metadata"]["namespace"], expected, "{}", object["kind"]);
+    }
+    let find = |kind: &str| objects.iter().find(|object| object["kind"] == kind).unwrap();
+    let set = &find("DaemonSet")["spec"];
+    let pod = &set["template"]["spec"];
+    let selector = set["selector"]["matchLabels"].as_object().unwrap();
+    for (key, value) in selector {
+        assert_eq!(&set["template"]["metadata"]["labels"][key], value);
+    }
+    let image = agent(pod)["image"].as_str().unwrap();
+    assert!(image.ends_with(concat!(":", env!("CARGO_PKG_VERSION"))), "{image}");
+    // The names of ConfigMaps, hash and all, are those that the pod mounts.
+    for map in objects.iter().filter(|object| object["kind"] == "ConfigMap") {
+        let mounted = array(&pod["volumes"])
+            .iter()
+            .any(|volume| volume["configMap"]["name"] == map["metadata"]["name"]);
+        assert!(mounted, "{}", map["metadata"]["name"]);
+    }
+}
+
+#[test]
+fn the_nvidia_overlay_adds_a_runtime_class_and_nothing_else() {
+    let (Some(plain), Some(mut nvidia)) =
+        (kustomize("daemonset"), kustomize("daemonset/overlays/nvidia"))
+    else {
+        return;
+    };
+    let set = nvidia.iter_mut().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let pod = set["spec"]["template"]["spec"].as_object_mut().unwrap();
+    assert_eq!(pod.remove("runtimeClassName").unwrap(), "nvidia");
+    let selector = pod["nodeSelector"].as_object_mut().unwrap();
+    assert_eq!(selector.remove("nvidia.com/gpu.present").unwrap(), "true");
+    assert_eq!(nvidia, plain);
+}
