@@ -158,7 +158,7 @@ impl PullMetrics {
             let was_in_flight = earlier.is_none_or(in_flight);
             let done_before = earlier.map_or(0, |earlier| earlier.done_bytes);
             self.bytes.inc_by(pull.done_bytes.saturating_sub(done_before));
-            if was_in_flight && matches!(pull.state, PullState::Failed(_)) {
+            if was_in_flight && matches!(pull.state, PullState::Failed { .. }) {
                 self.ended.get_or_create(&FAILED).inc();
             }
         }
@@ -332,7 +332,7 @@ mod tests {
             vec![pull("r/a:1", 10, 100), pull("r/b:1", 0, 0)],
             vec![pull("r/a:1", 60, 100), {
                 let mut failed = pull("r/b:1", 5, 50);
-                failed.state = PullState::Failed("denied".into());
+                failed.state = PullState::Failed { reason: "denied", message: "denied".into() };
                 failed
             }],
         ];

@@ -338,7 +338,7 @@ mod tests {
     fn a_failed_pull_is_known_and_has_no_time() {
         let state = node(vec![]);
         let mut failed = pull("r/a:1", 10, 100);
-        failed.state = PullState::Failed("denied".into());
+        failed.state = PullState::Failed { reason: "denied", message: "denied".into() };
         let wanted = wanted("r/a:1");
         let pulls = [failed];
         let model = Model::find(&wanted, &state, &pulls);

@@ -133,7 +133,7 @@ fn phase(state: &PullState) -> &'static str {
         PullState::Pulling => "",
         PullState::Finishing => "finishing",
         PullState::Done => "done",
-        PullState::Failed(_) => "failed",
+        PullState::Failed { .. } => "failed",
     }
 }
 

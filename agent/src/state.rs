@@ -155,7 +155,7 @@ impl NodeState {
 
 /// Whether a pull is still on its way.
 pub fn in_flight(pull: &PullProgress) -> bool {
-    !matches!(pull.state, PullState::Done | PullState::Failed(_))
+    !matches!(pull.state, PullState::Done | PullState::Failed { .. })
 }
 
 /// Whether two looks saw the same pull.
@@ -256,6 +256,7 @@ pub(crate) mod fixtures {
             digest: None,
             state: PullState::Pulling,
             done_bytes,
+            fetched_bytes: done_bytes,
             total_bytes,
             started_at: UNIX_EPOCH,
             bytes_per_second: 0.0,

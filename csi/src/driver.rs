@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
+use crate::call::{Call, Observer};
 use crate::identity::IdentityService;
 use crate::node::NodeService;
 use crate::registration::RegistrationService;
@@ -148,12 +149,19 @@ pub enum ServeError {
 pub struct Driver {
     config: Arc<DriverConfig>,
     volumes: Volumes,
+    observer: Observer,
 }
 
 impl Driver {
     /// A driver for `volumes`.
     pub fn new(config: DriverConfig, volumes: Volumes) -> Self {
-        Self { config: Arc::new(config), volumes }
+        Self { config: Arc::new(config), volumes, observer: Arc::new(|_| {}) }
+    }
+
+    /// Tells `observer` of each publish and unpublish when it has ended. It must not wait.
+    pub fn observed_by(mut self, observer: impl Fn(&Call) + Send + Sync + 'static) -> Self {
+        self.observer = Arc::new(observer);
+        self
     }
 
     /// Binds the sockets. A caller may connect to CSI from now on and waits until it is
@@ -166,7 +174,8 @@ impl Driver {
         let mut csi = Socket::bind(self.config.endpoint())?;
         let registration = self.config.registration().map(Socket::bind).transpose()?;
         csi.show()?;
-        Ok(BoundDriver { config: self.config, volumes: self.volumes, csi, registration })
+        let Self { config, volumes, observer } = self;
+        Ok(BoundDriver { config, volumes, observer, csi, registration })
     }
 }
 
@@ -174,6 +183,7 @@ impl Driver {
 pub struct BoundDriver {
     config: Arc<DriverConfig>,
     volumes: Volumes,
+    observer: Observer,
     csi: Socket,
     registration: Option<Socket>,
 }
@@ -190,7 +200,11 @@ impl BoundDriver {
         let mut servers = JoinSet::new();
 
         let identity = IdentityService { config: Arc::clone(&self.config) };
-        let node = NodeService { config: Arc::clone(&self.config), volumes: self.volumes.clone() };
+        let node = NodeService {
+            config: Arc::clone(&self.config),
+            volumes: self.volumes.clone(),
+            observer: self.observer,
+        };
         let csi = Server::builder()
             .add_service(IdentityServer::new(identity))
             .add_service(NodeServer::new(node));

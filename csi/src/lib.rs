@@ -14,6 +14,7 @@
 //! What an image is and how it comes to the node is `carport-image`'s; when the driver
 //! starts and stops is the agent's.
 
+mod call;
 mod deadline;
 pub mod driver;
 pub mod fuse;
@@ -26,6 +27,7 @@ mod socket;
 mod testing;
 pub mod volume;
 
+pub use call::{Call, Operation, code_name};
 pub use driver::{BoundDriver, Driver, DriverConfig};
 pub use socket::BindError;
 pub use volume::Volumes;

@@ -7,7 +7,8 @@
 //!   Aborted) it unpublishes when the pod goes;
 //! - after any other, a *final* one, it does not: nothing may be left behind.
 //!
-//! A request is never logged or repeated as a whole: it carries secrets and tokens.
+//! A request is never logged or repeated as a whole: it carries secrets and tokens. What is
+//! told of a call is in [`crate::call`].
 
 use std::sync::Arc;
 
@@ -25,8 +26,10 @@ use carport_proto::csi::v1::{
     NodeUnpublishVolumeRequest, NodeUnpublishVolumeResponse, VolumeCapability, VolumeCondition,
     VolumeUsage,
 };
+use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
 
+use crate::call::{Observer, Operation, Report};
 use crate::deadline::deadline;
 use crate::driver::DriverConfig;
 use crate::mount::MountError;
@@ -49,6 +52,7 @@ const MAX_MESSAGE_CHARS: usize = 1000;
 pub(crate) struct NodeService {
     pub(crate) config: Arc<DriverConfig>,
     pub(crate) volumes: Volumes,
+    pub(crate) observer: Observer,
 }
 
 #[tonic::async_trait]
@@ -59,13 +63,10 @@ impl Node for NodeService {
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
-        let volume = request.volume_id.clone();
-        let refused = |status| refused("publish", &volume, status);
-        let request = parse_publish(&request, deadline).map_err(refused)?;
-        match self.volumes.publish(request).await {
-            Ok(_) => Ok(Response::new(NodePublishVolumeResponse {})),
-            Err(error) => Err(refused(status(publish_code(&error), &error))),
-        }
+        let (volume, target) = (&request.volume_id, &request.target_path);
+        let mut report = Report::begin(Operation::Publish, volume, target, &self.observer);
+        let outcome = self.publish(&request, deadline, &mut report).await;
+        report.end(outcome).map(|()| Response::new(NodePublishVolumeResponse {}))
     }
 
     async fn node_unpublish_volume(
@@ -74,13 +75,10 @@ impl Node for NodeService {
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
         let deadline = deadline(request.metadata());
         let request = request.into_inner();
-        let refused = |status| refused("unpublish", &request.volume_id, status);
-        let place = parse_place(&request.volume_id, &request.target_path);
-        let (volume_id, target) = place.map_err(|error| refused(error.into()))?;
-        match self.volumes.unpublish(&volume_id, &target, deadline).await {
-            Ok(()) => Ok(Response::new(NodeUnpublishVolumeResponse {})),
-            Err(error) => Err(refused(status(unpublish_code(&error), &error))),
-        }
+        let (volume, target) = (&request.volume_id, &request.target_path);
+        let mut report = Report::begin(Operation::Unpublish, volume, target, &self.observer);
+        let outcome = self.unpublish(&request, deadline, &mut report).await;
+        report.end(outcome).map(|()| Response::new(NodeUnpublishVolumeResponse {}))
     }
 
     async fn node_get_volume_stats(
@@ -137,9 +135,51 @@ impl Node for NodeService {
     }
 }
 
+impl NodeService {
+    async fn publish(
+        &self,
+        request: &NodePublishVolumeRequest,
+        deadline: Instant,
+        report: &mut Report,
+    ) -> Result<(), Status> {
+        let request = parse_publish(request, deadline)?;
+        report.pod.clone_from(&request.attributes.pod);
+        report.digest = request.attributes.image.digest();
+        match self.volumes.publish(request).await {
+            Ok(published) => {
+                report.digest = Some(published.digest);
+                Ok(())
+            }
+            Err(error) => {
+                if let PublishError::StillPulling(pull) = &error {
+                    report.digest = pull.digest.or(report.digest);
+                }
+                Err(status(publish_code(&error), &error))
+            }
+        }
+    }
+
+    async fn unpublish(
+        &self,
+        request: &NodeUnpublishVolumeRequest,
+        deadline: Instant,
+        report: &mut Report,
+    ) -> Result<(), Status> {
+        let (volume_id, target) = parse_place(&request.volume_id, &request.target_path)?;
+        match self.volumes.unpublish(&volume_id, &target, deadline).await {
+            Ok(record) => {
+                report.digest = record.as_ref().map(|record| record.digest);
+                report.pod = record.and_then(|record| record.pod);
+                Ok(())
+            }
+            Err(error) => Err(status(unpublish_code(&error), &error)),
+        }
+    }
+}
+
 fn parse_publish(
     request: &NodePublishVolumeRequest,
-    deadline: tokio::time::Instant,
+    deadline: Instant,
 ) -> Result<PublishRequest, Status> {
     let (volume_id, target) = parse_place(&request.volume_id, &request.target_path)?;
     check_capability(request.volume_capability.as_ref())?;
@@ -203,6 +243,7 @@ fn publish_code(error: &PublishError) -> Code {
     match error {
         PublishError::Occupied { .. } => Code::FailedPrecondition,
         PublishError::Incompatible { .. } => Code::AlreadyExists,
+        PublishError::LayoutRefused(_) => Code::PermissionDenied,
         PublishError::Pull(error) => pull_code(error),
         PublishError::StillPulling(_) => Code::DeadlineExceeded,
         // Uncertain: another call may have done, or may do, what is asked for.
@@ -268,18 +309,6 @@ fn mount_code(error: &MountError) -> Code {
 fn status(code: Code, error: &dyn std::error::Error) -> Status {
     let message = error.to_string();
     Status::new(code, message.chars().take(MAX_MESSAGE_CHARS).collect::<String>())
-}
-
-/// Logs the one line about a call that was not done.
-fn refused(call: &'static str, volume: &str, status: Status) -> Status {
-    let volume: String = volume.chars().take(100).collect();
-    let (code, why) = (status.code(), status.message());
-    match code {
-        // The usual course of a long pull.
-        Code::DeadlineExceeded | Code::Aborted => tracing::info!(call, volume, ?code, why),
-        _ => tracing::warn!(call, volume, ?code, why),
-    }
-    status
 }
 
 #[cfg(test)]

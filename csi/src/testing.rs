@@ -2,6 +2,7 @@
 //! images, and a registry that holds back its layers until it is told.
 #![allow(unsafe_code, reason = "a raw system call")]
 #![allow(dead_code, reason = "not every test uses all of it")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use std::ffi::CString;
 use std::fs::{self, File};

@@ -25,7 +25,7 @@
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant as StdInstant};
+use std::time::Duration;
 
 use carport_image::pull::{PullHandle, PullRequest};
 use carport_image::source::PullSecret;
@@ -38,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 mod attributes;
 mod disk;
 mod error;
+mod layouts;
 mod progress;
 mod record;
 mod targets;
@@ -46,6 +47,7 @@ mod tests;
 
 pub use attributes::{InvalidRequest, PodInfo, TargetPath, VolumeAttributes, VolumeId};
 pub use error::{PublishError, StatsError, UnpublishError};
+pub use layouts::LayoutFolders;
 pub use record::VolumeRecord;
 
 use crate::mount::Mounter;
@@ -65,6 +67,7 @@ pub struct Volumes {
 struct Inner {
     puller: Puller,
     disk: Disk,
+    layouts: LayoutFolders,
     targets: Targets,
     stop: CancellationToken,
     changes: watch::Sender<u64>,
@@ -137,13 +140,15 @@ enum Interrupted {
 }
 
 impl Volumes {
-    /// Volumes of the puller's store. Changes nothing; see [`Volumes::reconcile`].
-    pub fn new(puller: Puller, mounter: Arc<dyn Mounter>) -> Self {
+    /// Volumes of the puller's store, of images from registries and from layouts in
+    /// `layouts`. Changes nothing; see [`Volumes::reconcile`].
+    pub fn new(puller: Puller, mounter: Arc<dyn Mounter>, layouts: LayoutFolders) -> Self {
         let disk = Disk::new(puller.store().clone(), mounter);
         Self {
             inner: Arc::new(Inner {
                 puller,
                 disk,
+                layouts,
                 targets: Targets::default(),
                 stop: CancellationToken::new(),
                 changes: watch::Sender::new(0),
@@ -166,7 +171,6 @@ impl Volumes {
     /// Dropping the future gives up the wait; the pull goes on, and a mount that is being
     /// made is made: call again, or unpublish.
     pub async fn publish(&self, request: PublishRequest) -> Result<Published, PublishError> {
-        let began = StdInstant::now();
         let PublishRequest { volume_id, target, attributes, secret, deadline } = request;
         let interrupted = |why: Interrupted, late: PublishError| match why {
             Interrupted::Stopping => PublishError::Stopping,
@@ -193,6 +197,13 @@ impl Volumes {
             return Ok(Published { digest: record.digest, already: true });
         }
 
+        if let Err(error) = self.inner.layouts.check(&wanted.attributes.image) {
+            let disk = self.inner.disk.clone();
+            // What another configuration allowed goes, too, unless it is mounted.
+            let refuse = move || (disk.after_failure(&wanted, error), turn);
+            return Err(blocking(refuse).await.0);
+        }
+
         let pull = self.pull(&wanted.attributes, secret);
         let result = match self.until(deadline, &withdrawn, pull.handle().wait()).await {
             Ok(result) => result.map_err(PublishError::Pull),
@@ -216,12 +227,11 @@ impl Volumes {
         })
         .await?;
         self.changed();
-        tracing::info!(volume = %volume_id, %target, %digest,
-            elapsed_ms = began.elapsed().as_millis() as u64, "volume published");
         Ok(Published { digest, already: false })
     }
 
-    /// Takes a volume away; a publish of the same target that waits gives up.
+    /// Takes a volume away, and says what it was; a publish of the same target that waits
+    /// gives up.
     ///
     /// An unknown volume and an absent target are fine. A target with another volume on it,
     /// or with content of somebody else, is left alone.
@@ -238,7 +248,7 @@ impl Volumes {
         volume_id: &VolumeId,
         target: &TargetPath,
         deadline: Instant,
-    ) -> Result<(), UnpublishError> {
+    ) -> Result<Option<VolumeRecord>, UnpublishError> {
         self.inner.targets.withdraw(target);
         let turn = self.inner.targets.enter(target).turn();
         let (disk, id, path) = (self.inner.disk.clone(), volume_id.clone(), target.clone());
@@ -250,14 +260,11 @@ impl Volumes {
             })
             .await
         };
-        let known = tokio::time::timeout_at(deadline, work)
+        let record = tokio::time::timeout_at(deadline, work)
             .await
             .map_err(|_| UnpublishError::Busy(target.to_string()))??;
-        if known {
-            self.changed();
-            tracing::info!(volume = %volume_id, %target, "volume unpublished");
-        }
-        Ok(())
+        self.changed();
+        Ok(record)
     }
 
     /// How large a published volume is, and whether it is well. Never waits for long.
@@ -291,7 +298,7 @@ impl Volumes {
         blocking(move || disk.list()).await
     }
 
-    /// Changes its value whenever a volume is published or taken away.
+    /// Changes its value whenever a volume may have been published or taken away.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.inner.changes.subscribe()
     }

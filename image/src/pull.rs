@@ -117,6 +117,8 @@ pub struct PullProgress {
     pub state: PullState,
     /// Bytes of layers that arrived or were here already, as they travel.
     pub done_bytes: u64,
+    /// Of these, bytes that came from the source since the pull began.
+    pub fetched_bytes: u64,
     /// Bytes of all layers as they travel; 0 while unknown.
     pub total_bytes: u64,
     /// When it was asked for.
@@ -156,8 +158,13 @@ pub enum PullState {
     Finishing,
     /// Complete.
     Done,
-    /// Over, for this reason.
-    Failed(String),
+    /// Over without success.
+    Failed {
+        /// See [`PullError::reason`].
+        reason: &'static str,
+        /// What went wrong, and what to do.
+        message: String,
+    },
 }
 
 /// A pull that succeeded.
@@ -199,6 +206,28 @@ pub enum PullError {
     /// The puller was shut down, or nobody waited any more.
     #[error("{0}")]
     Cancelled(String),
+}
+
+impl PullError {
+    /// One word for metrics and for programs: a small, fixed set.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Source(SourceError::NotFound(_)) => "not_found",
+            Self::Source(SourceError::Denied(_)) => "denied",
+            Self::Source(SourceError::Throttled { .. }) => "throttled",
+            Self::Source(SourceError::Unavailable(_)) => "unavailable",
+            Self::Source(SourceError::Invalid(_)) => "invalid",
+            Self::Mismatch(_) => "mismatch",
+            Self::Unsupported(_) => "unsupported",
+            Self::Unpack(_) => "refused",
+            Self::Store(error) => match **error {
+                StoreError::NoSpace { .. } => "no_space",
+                _ => "store",
+            },
+            Self::NotStored(_) => "not_stored",
+            Self::Cancelled(_) => "cancelled",
+        }
+    }
 }
 
 impl From<StoreError> for PullError {
@@ -401,7 +430,7 @@ impl Board {
     fn leave(&self, entry: &Arc<Entry>, outcome: &Result<Pulled, PullError>) {
         let state = match outcome {
             Ok(_) => PullState::Done,
-            Err(error) => PullState::Failed(error.to_string()),
+            Err(error) => PullState::Failed { reason: error.reason(), message: error.to_string() },
         };
         {
             let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
@@ -431,23 +460,25 @@ impl Entry {
 
     fn is_over(&self) -> bool {
         let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
-        matches!(stage.state, PullState::Done | PullState::Failed(_))
+        matches!(stage.state, PullState::Done | PullState::Failed { .. })
     }
 
     fn progress(&self) -> PullProgress {
         let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        let (mut done_bytes, mut bytes_per_second) = (stage.present_bytes, 0.0);
-        for meter in &stage.meters {
-            let (bytes, rate) = meter.read(now);
-            done_bytes += bytes;
-            bytes_per_second += rate;
+        let (mut done_bytes, mut fetched_bytes) = (stage.present_bytes, 0);
+        let mut bytes_per_second = 0.0;
+        for reading in stage.meters.iter().map(|meter| meter.read(now)) {
+            done_bytes += reading.fetched_bytes + reading.skipped_bytes;
+            fetched_bytes += reading.fetched_bytes;
+            bytes_per_second += reading.bytes_per_second;
         }
         PullProgress {
             reference: self.reference.clone(),
             digest: stage.digest,
             state: stage.state.clone(),
             done_bytes,
+            fetched_bytes,
             total_bytes: stage.total_bytes,
             started_at: self.started_at,
             bytes_per_second,

@@ -11,6 +11,7 @@
 //!   refs/<sha256>.json            reference → manifest; named by the hash of the reference
 //!   ingest/<sha256>/              a layer or tree on its way, with <sha256>.lock beside it
 //!   volumes/  leases/             small records
+//!   mounts/                       logs of the processes that serve FUSE mounts, locked while they live
 //! ```
 //!
 //! The file system is the database. An object's reference count is its link
@@ -35,6 +36,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -167,7 +169,7 @@ impl Store {
     /// [`StoreError::Format`] when a newer version made it.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let root = root.into();
-        record::create_private_dir(&root)?;
+        fs::create_dir_all(&root).context(|| format!("create {}", root.display()))?;
         let store = Self { root: Arc::new(root) };
         match fs::read_to_string(store.path("format")) {
             Ok(text) if text == FORMAT => {}
@@ -199,6 +201,9 @@ impl Store {
                 stranger.file_name(),
             )));
         }
+        // The kubelet makes a missing host path for everybody to read.
+        fs::set_permissions(self.root(), fs::Permissions::from_mode(0o700))
+            .context(|| format!("chmod {}", self.root.display()))?;
         for name in ["layers", "trees", "refs", "ingest", "volumes", "leases"] {
             let path = self.path(name);
             fs::create_dir_all(&path).context(|| format!("create {}", path.display()))?;
@@ -210,8 +215,9 @@ impl Store {
     }
 
     fn is_own(&self, name: &std::ffi::OsStr) -> bool {
-        const OWN: [&str; 9] =
-            ["objects", "layers", "trees", "refs", "ingest", "volumes", "leases", "lock", "format"];
+        // What a creation that was cut off may have left.
+        const OWN: [&str; 8] =
+            ["objects", "layers", "trees", "refs", "ingest", "volumes", "leases", "lock"];
         name.to_str().is_some_and(|name| OWN.contains(&name) || name.starts_with(".tmp"))
     }
 

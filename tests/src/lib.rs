@@ -7,6 +7,7 @@
 
 pub mod carport;
 pub mod demo;
+pub mod images;
 pub mod models;
 pub mod node;
 pub mod registry;

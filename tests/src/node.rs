@@ -9,13 +9,14 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use carport_proto::carport::v1 as api;
 use carport_proto::client::connect;
 use carport_proto::csi::v1 as csi;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::transport::Channel;
 
 /// How long anything on this machine may take at most; only failures wait so long.
@@ -28,13 +29,38 @@ const DRIVER: &str = "csi.carport.dev";
 pub struct Node {
     folder: TempDir,
     binary: PathBuf,
-    plain_http: Vec<String>,
-    gpu_library: Option<PathBuf>,
+    setup: Setup,
     /// Keeps the mount namespace while the agent is down.
     namespace: Child,
     agent: Option<Child>,
     log: mpsc::Receiver<String>,
+    /// All that every agent of this node said.
+    said: Arc<Mutex<Vec<String>>>,
     http: String,
+}
+
+/// What a node is like.
+#[derive(Debug, Clone, Default)]
+pub struct Setup {
+    /// Registries that are spoken to over plain HTTP.
+    pub plain_http: Vec<String>,
+    /// The NVML library.
+    pub gpu_library: Option<PathBuf>,
+    /// What is logged; `info` where nothing is said.
+    pub log_level: Option<String>,
+    /// The agent's configuration file.
+    pub config: Option<String>,
+    /// A shell script that prepares the mount namespace: `$ROOT` is the store's folder,
+    /// `$KUBELET` the kubelet's. Both are there.
+    pub prepare: Option<String>,
+}
+
+impl Setup {
+    /// A node that speaks plain HTTP with `hosts`.
+    pub fn plain_http(hosts: &[&str]) -> Self {
+        let plain_http = hosts.iter().map(|host| (*host).to_owned()).collect();
+        Self { plain_http, ..Self::default() }
+    }
 }
 
 /// A pod that uses one volume.
@@ -67,41 +93,89 @@ impl Node {
         plain_http: &[&str],
         gpu_library: Option<&Path>,
     ) -> Option<Self> {
-        let namespace = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "sh", "-c"])
-            // Says that it is there, then waits for the end of its input.
-            .arg("echo ready; read _")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn();
-        let mut namespace = match namespace {
-            Ok(namespace) => namespace,
-            Err(error) => {
-                eprintln!("SKIPPED: unshare (util-linux): {error}");
-                return None;
-            }
-        };
-        let mut ready = String::new();
-        let said = namespace.stdout.take().map(|out| BufReader::new(out).read_line(&mut ready));
-        if !matches!(said, Some(Ok(6))) {
-            let _ = namespace.wait();
-            eprintln!("SKIPPED: no mount namespace can be made: run as root");
-            return None;
-        }
+        let gpu_library = gpu_library.map(Path::to_owned);
+        Self::set_up(binary, Setup { gpu_library, ..Setup::plain_http(plain_http) })
+    }
+
+    /// As [`Node::start`], set up as said.
+    ///
+    /// # Panics
+    ///
+    /// As [`Node::start`], and when the namespace cannot be prepared.
+    pub fn set_up(binary: &Path, setup: Setup) -> Option<Self> {
+        let namespace = new_namespace(Command::new("unshare").args(["--propagation", "private"]))?;
         let (_, log) = mpsc::channel();
         let mut node = Self {
             folder: tempfile::tempdir().expect("a temporary folder"),
             binary: binary.to_owned(),
-            plain_http: plain_http.iter().map(|host| (*host).to_owned()).collect(),
-            gpu_library: gpu_library.map(Path::to_owned),
+            setup,
             namespace,
             agent: None,
             log,
+            said: Arc::default(),
             http: String::new(),
         };
+        node.prepare();
         node.start_agent();
         Some(node)
+    }
+
+    /// Ends the agent and takes every mount away, as a machine does that goes down, and starts
+    /// it again.
+    ///
+    /// # Panics
+    ///
+    /// When the agent does not come up.
+    pub fn reboot(&mut self) {
+        self.kill_agent();
+        let _ = self.namespace.kill();
+        let _ = self.namespace.wait();
+        self.namespace = new_namespace(Command::new("unshare").args(["--propagation", "private"]))
+            .expect("a mount namespace, as before");
+        self.prepare();
+        self.start_agent();
+    }
+
+    fn prepare(&self) {
+        for folder in [self.root(), self.kubelet().join("pods")] {
+            std::fs::create_dir_all(folder).expect("a node's folder");
+        }
+        if let Some(config) = &self.setup.config {
+            std::fs::write(self.config_file(), config).expect("a node's configuration");
+        }
+        if let Some(script) = &self.setup.prepare {
+            let prepared = self.within("sh").args(["-euc", script]).status();
+            assert!(prepared.is_ok_and(|status| status.success()), "{script}");
+        }
+    }
+
+    fn config_file(&self) -> PathBuf {
+        self.folder.path().join("config.yaml")
+    }
+
+    /// A program in the node's mount namespace, to be completed and run.
+    pub fn within(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--mount=/proc/{}/ns/mnt", self.namespace.id()))
+            .arg(program)
+            .env("ROOT", self.root())
+            .env("KUBELET", self.kubelet())
+            .stdin(Stdio::null());
+        self.settings(&mut command);
+        command
+    }
+
+    /// A mount namespace that gets a copy of this one's mounts, and of those to come where
+    /// they are shared: the kubelet's, of a node whose agent lives in a container.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    pub fn copied_namespace(&self) -> Namespace {
+        let mut unshare = self.within("unshare");
+        unshare.args(["--propagation", "unchanged"]);
+        Namespace(new_namespace(&mut unshare).expect("a mount namespace, as before"))
     }
 
     /// Starts the agent (again), and waits until it serves.
@@ -111,37 +185,19 @@ impl Node {
     /// When it does not come up; its log is printed.
     pub fn start_agent(&mut self) {
         assert!(self.agent.is_none(), "the agent runs already");
-        let mut agent = Command::new("nsenter");
-        agent
-            .arg(format!("--mount=/proc/{}/ns/mnt", self.namespace.id()))
-            .arg(&self.binary)
-            .args(["agent", "--node-name", "node-1", "--http-listen", "127.0.0.1:0"])
-            .args(["--log-level", "info", "--log-format", "json"])
-            .args(["--csi-driver-name", DRIVER])
-            .arg("--root")
-            .arg(self.root())
-            .arg("--socket")
-            .arg(self.socket())
-            .arg("--kubelet-dir")
-            .arg(self.kubelet());
-        if !self.plain_http.is_empty() {
-            agent.arg("--plain-http").arg(self.plain_http.join(","));
-        }
-        if let Some(library) = &self.gpu_library {
-            agent.arg("--gpu-library").arg(library);
-        }
-        let mut agent = agent
-            .env("DOCKER_CONFIG", "/nonexistent")
-            .stdin(Stdio::null())
+        let mut agent = self
+            .agent_command()
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
             .expect("start nsenter");
         let lines = BufReader::new(agent.stderr.take().expect("a pipe")).lines();
         let (sender, log) = mpsc::channel();
+        let said = Arc::clone(&self.said);
         std::thread::spawn(move || {
             // To its end, so that the agent never waits for a reader.
             for line in lines.map_while(Result::ok) {
+                said.lock().unwrap_or_else(PoisonError::into_inner).push(line.clone());
                 let _ = sender.send(line);
             }
         });
@@ -149,6 +205,26 @@ impl Node {
         self.log = log;
         let serving = self.wait_for_log("serving");
         self.http = serving["http"].as_str().unwrap_or_default().to_owned();
+    }
+
+    /// The agent as it is started here, to be run another time or with other flags.
+    pub fn agent_command(&self) -> Command {
+        let mut agent = self.within(&self.binary);
+        agent
+            .args(["agent", "--node-name", "node-1", "--http-listen", "127.0.0.1:0"])
+            .args(["--log-level", self.setup.log_level.as_deref().unwrap_or("info")])
+            .args(["--log-format", "json", "--csi-driver-name", DRIVER])
+            .arg("--kubelet-dir")
+            .arg(self.kubelet());
+        if let Some(library) = &self.setup.gpu_library {
+            agent.arg("--gpu-library").arg(library);
+        }
+        agent
+    }
+
+    /// All that the agents of this node have logged so far.
+    pub fn log(&self) -> String {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
     }
 
     /// Waits for a log event with this message, and returns its fields.
@@ -187,6 +263,15 @@ impl Node {
     /// When it does not run.
     pub fn stop_agent(&mut self) -> ExitStatus {
         self.signal("TERM");
+        self.wait_for_agent()
+    }
+
+    /// Waits for the end of an agent that has been told to end.
+    ///
+    /// # Panics
+    ///
+    /// When it does not run.
+    pub fn wait_for_agent(&mut self) -> ExitStatus {
         self.agent.take().expect("the agent runs").wait().expect("wait for the agent")
     }
 
@@ -202,7 +287,12 @@ impl Node {
         assert_eq!(status.signal(), Some(9));
     }
 
-    fn signal(&self, name: &str) {
+    /// Sends the agent a signal by name, such as `TERM`.
+    ///
+    /// # Panics
+    ///
+    /// When it does not run.
+    pub fn signal(&self, name: &str) {
         let sent =
             Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status();
         assert!(sent.is_ok_and(|status| status.success()), "kill -{name}");
@@ -240,19 +330,110 @@ impl Node {
 
     /// A path as the node's processes see it, mounts included.
     pub fn inside(&self, path: &Path) -> PathBuf {
-        let relative = path.strip_prefix("/").expect("an absolute path");
-        PathBuf::from(format!("/proc/{}/root", self.namespace.id())).join(relative)
+        seen_by(&self.namespace, path)
     }
 
     /// A `carport` command on this node's store and daemon, to be completed and run.
     pub fn carport(&self) -> Command {
         let mut command = Command::new(&self.binary);
+        self.settings(&mut command);
+        command
+    }
+
+    fn settings(&self, command: &mut Command) {
         command
             .env("CARPORT_ROOT", self.root())
             .env("CARPORT_SOCKET", self.socket())
-            .env("CARPORT_PLAIN_HTTP", self.plain_http.join(","))
             .env("DOCKER_CONFIG", "/nonexistent");
-        command
+        if !self.setup.plain_http.is_empty() {
+            command.env("CARPORT_PLAIN_HTTP", self.setup.plain_http.join(","));
+        }
+        if self.setup.config.is_some() {
+            command.env("CARPORT_CONFIG", self.config_file());
+        }
+    }
+
+    /// What a `carport` command prints as JSON.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub fn json(&self, arguments: &[&str]) -> serde_json::Value {
+        let output = self.within(&self.binary).args(arguments).args(["-o", "json"]).output();
+        let output = output.expect("run carport");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {errors}");
+        serde_json::from_slice(&output.stdout).expect("JSON on standard output")
+    }
+
+    /// Status and body of a page over HTTP.
+    ///
+    /// # Panics
+    ///
+    /// When there is no answer.
+    pub async fn page(&self, path: &str) -> (u16, String) {
+        let mut stream = tokio::net::TcpStream::connect(&self.http).await.expect("the HTTP port");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.expect("an answer");
+        let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+        (status.expect("a status"), answer)
+    }
+
+    /// The value of a metric, named with its labels.
+    ///
+    /// # Panics
+    ///
+    /// When there is no such metric.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let (_, page) = self.page("/metrics").await;
+        let line = page.lines().find(|line| line.rsplit_once(' ').is_some_and(|(n, _)| n == name));
+        let value = line.and_then(|line| line.rsplit(' ').next()?.parse().ok());
+        value.unwrap_or_else(|| panic!("no metric {name} in {page}"))
+    }
+
+    /// Waits until a metric has a value: they follow what happens after a moment.
+    ///
+    /// # Panics
+    ///
+    /// When it has not within a minute.
+    pub async fn metric_becomes(&self, name: &str, value: f64) {
+        eventually(&format!("{name} {value}"), async || self.metric(name).await == value).await;
+    }
+
+    /// The mounts at or below `path` in the node's namespace, from mountinfo.
+    ///
+    /// # Panics
+    ///
+    /// When the mount table cannot be read.
+    pub fn mounts_below(&self, path: &Path) -> Vec<String> {
+        let table = std::fs::read_to_string(format!("/proc/{}/mountinfo", self.namespace.id()));
+        let table = table.expect("a mount table");
+        let below = |line: &&str| {
+            line.split(' ').nth(4).is_some_and(|target| Path::new(target).starts_with(path))
+        };
+        table.lines().filter(below).map(str::to_owned).collect()
+    }
+
+    /// Every path of the store with its length and number of links, but for locks.
+    ///
+    /// # Panics
+    ///
+    /// When the store cannot be read.
+    pub fn store_listing(&self) -> Vec<String> {
+        use std::os::unix::fs::MetadataExt as _;
+        let root = self.inside(&self.root());
+        let entries = walkdir::WalkDir::new(&root).sort_by_file_name().into_iter();
+        let line = |entry: walkdir::DirEntry| {
+            let meta = entry.metadata().expect("a path of the store");
+            let path = entry.path().strip_prefix(&root).expect("below the root").display();
+            match meta.is_file() {
+                true => format!("{path} {} {}", meta.len(), meta.nlink()),
+                false => format!("{path}/"),
+            }
+        };
+        entries.map(|entry| line(entry.expect("the store"))).collect()
     }
 
     /// A new pod's inline volume; the kubelet has made the folder above its target.
@@ -315,6 +496,69 @@ impl Node {
             target_path: pod.target.display().to_string(),
         };
         self.csi().await.node_unpublish_volume(request).await.map(drop)
+    }
+}
+
+/// A mount namespace, for as long as the value lives.
+pub struct Namespace(Child);
+
+impl Namespace {
+    /// A path as it is seen there.
+    pub fn inside(&self, path: &Path) -> PathBuf {
+        seen_by(&self.0, path)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A process that keeps a mount namespace until its input ends. Nothing, and a word about it,
+/// where none can be made.
+fn new_namespace(unshare: &mut Command) -> Option<Child> {
+    let namespace = unshare
+        .args(["--mount", "sh", "-c"])
+        // Says that it is there, then waits for the end of its input.
+        .arg("echo ready; read _")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn();
+    let mut namespace = match namespace {
+        Ok(namespace) => namespace,
+        Err(error) => {
+            eprintln!("SKIPPED: unshare (util-linux): {error}");
+            return None;
+        }
+    };
+    let mut ready = String::new();
+    let said = namespace.stdout.take().map(|out| BufReader::new(out).read_line(&mut ready));
+    if !matches!(said, Some(Ok(6))) {
+        let _ = namespace.wait();
+        eprintln!("SKIPPED: no mount namespace can be made: run as root");
+        return None;
+    }
+    Some(namespace)
+}
+
+fn seen_by(process: &Child, path: &Path) -> PathBuf {
+    let relative = path.strip_prefix("/").expect("an absolute path");
+    PathBuf::from(format!("/proc/{}/root", process.id())).join(relative)
+}
+
+/// Looks until it is so: for what nobody tells of.
+///
+/// # Panics
+///
+/// When it is not so within a minute.
+pub async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so().await {
+        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -7,9 +7,14 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+/// Bytes of a gated body between two looks at the gate.
+const GATED_CHUNK: usize = 64 * 1024;
 
 /// A running server; ends when dropped.
 pub struct Scripted {
@@ -42,20 +47,85 @@ impl Request {
 #[derive(Debug, Clone)]
 pub struct Answer {
     head: String,
-    body: Vec<u8>,
+    body: Bytes,
     length: Option<u64>,
     stalls: bool,
+    gate: Option<(Gate, u64)>,
+}
+
+/// Lets the bytes of a blob pass up to a place that the test sets, and counts them. Clones are one.
+#[derive(Debug, Clone)]
+pub struct Gate(Arc<GateState>);
+
+#[derive(Debug)]
+struct GateState {
+    limit: watch::Sender<u64>,
+    served: watch::Sender<u64>,
+}
+
+impl Gate {
+    /// Bytes before `limit` pass.
+    pub fn closed_at(limit: u64) -> Self {
+        Self(Arc::new(GateState {
+            limit: watch::Sender::new(limit),
+            served: watch::Sender::new(0),
+        }))
+    }
+
+    /// Lets the bytes before `limit` pass from now on.
+    pub fn move_to(&self, limit: u64) {
+        self.0.limit.send_replace(limit);
+    }
+
+    /// Lets everything pass.
+    pub fn open(&self) {
+        self.move_to(u64::MAX);
+    }
+
+    /// Bytes that went out through it, those that were asked for again included.
+    pub fn served(&self) -> u64 {
+        *self.0.served.borrow()
+    }
+
+    /// Waits until so many have gone out.
+    ///
+    /// # Panics
+    ///
+    /// When they do not within a minute.
+    pub async fn reached(&self, bytes: u64) {
+        let mut served = self.0.served.subscribe();
+        let reached = served.wait_for(|served| *served >= bytes);
+        let reached = tokio::time::timeout(std::time::Duration::from_secs(60), reached).await;
+        assert!(reached.is_ok(), "{} of {bytes} bytes were asked for", self.served());
+    }
+
+    /// Sends `body`, whose first byte is that of the blob at `offset`.
+    async fn send(&self, stream: &mut TcpStream, body: &[u8], offset: u64) -> std::io::Result<()> {
+        let mut limit = self.0.limit.subscribe();
+        let mut sent = 0;
+        while sent < body.len() {
+            let at = offset + sent as u64;
+            let open = limit.wait_for(|limit| *limit > at);
+            let open = *open.await.map_err(std::io::Error::other)?;
+            let room = usize::try_from(open - at).unwrap_or(usize::MAX);
+            let end = body.len().min(sent + GATED_CHUNK.min(room));
+            stream.write_all(&body[sent..end]).await?;
+            self.0.served.send_modify(|served| *served += (end - sent) as u64);
+            sent = end;
+        }
+        Ok(())
+    }
 }
 
 impl Answer {
     /// An empty answer with this status.
     pub fn status(status: u16) -> Self {
         let head = format!("HTTP/1.1 {status} Scripted\r\nConnection: close\r\n");
-        Self { head, body: Vec::new(), length: None, stalls: false }
+        Self { head, body: Bytes::new(), length: None, stalls: false, gate: None }
     }
 
     /// 200 with this body.
-    pub fn ok(body: impl Into<Vec<u8>>) -> Self {
+    pub fn ok(body: impl Into<Bytes>) -> Self {
         Self::status(200).body(body)
     }
 
@@ -68,7 +138,7 @@ impl Answer {
 
     /// Sets the body.
     #[must_use]
-    pub fn body(mut self, body: impl Into<Vec<u8>>) -> Self {
+    pub fn body(mut self, body: impl Into<Bytes>) -> Self {
         self.body = body.into();
         self
     }
@@ -77,6 +147,13 @@ impl Answer {
     #[must_use]
     pub fn declare(mut self, length: u64) -> Self {
         self.length = Some(length);
+        self
+    }
+
+    /// Sends the body as `gate` lets it pass; its first byte is the blob's at `offset`.
+    #[must_use]
+    pub fn through(mut self, gate: &Gate, offset: u64) -> Self {
+        self.gate = Some((gate.clone(), offset));
         self
     }
 
@@ -171,7 +248,10 @@ async fn serve(
     let head = format!("{}Content-Length: {length}\r\n\r\n", answer.head);
     stream.write_all(head.as_bytes()).await?;
     if request.method != "HEAD" {
-        stream.write_all(&answer.body).await?;
+        match &answer.gate {
+            Some((gate, offset)) => gate.send(&mut stream, &answer.body, *offset).await?,
+            None => stream.write_all(&answer.body).await?,
+        }
     }
     if answer.stalls {
         // Until the other side gives up.

@@ -110,7 +110,7 @@ pub fn model(
             answer.download_bytes = placement::remaining(pull);
             answer.pull = Some(pull_message(pull, pulls, &state.rates));
         }
-        if let PullState::Failed(why) = &pull.state {
+        if let PullState::Failed { message: why, .. } = &pull.state {
             let code = "PULL_FAILED".to_string();
             answer.last_error = Some(v1::Reason { code, message: why.clone() });
         }
@@ -125,7 +125,7 @@ fn model_state(model: &Model<'_>) -> v1::ModelState {
         (None, Some(PullState::Resolving)) => v1::ModelState::Queued,
         (None, Some(PullState::Pulling)) => v1::ModelState::Pulling,
         (None, Some(PullState::Finishing)) => v1::ModelState::Verifying,
-        (None, Some(PullState::Failed(_))) => v1::ModelState::Failed,
+        (None, Some(PullState::Failed { .. })) => v1::ModelState::Failed,
     }
 }
 

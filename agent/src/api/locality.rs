@@ -192,7 +192,7 @@ impl Api {
                 (None, digest) => digest.map(|digest| digest.to_string()).unwrap_or_default(),
             };
             match model.pull.map(|pull| &pull.state) {
-                Some(carport_image::pull::PullState::Failed(why)) => {
+                Some(carport_image::pull::PullState::Failed { message: why, .. }) => {
                     reasons.push(reason("PULL_FAILED", why));
                 }
                 Some(_) => {}

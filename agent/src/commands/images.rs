@@ -124,7 +124,7 @@ fn find(store: &Store, name: &str) -> anyhow::Result<Digest> {
 fn refuse_mounted(store: &Store, digest: &Digest) -> anyhow::Result<()> {
     if let Some(target) = super::mount::served_at(store, digest)? {
         let target = target.display();
-        bail!("{digest}: mounted at {target}; `carport umount {target}` first");
+        bail!("{digest}: mounted at {target}; `carport umount {target}` and close its files first");
     }
     let rootfs = store.rootfs(digest);
     // Without a mount table to read there is nothing to refuse.

@@ -113,6 +113,7 @@ mod tests {
             digest: None,
             state: PullState::Pulling,
             done_bytes: 0,
+            fetched_bytes: 0,
             total_bytes: 0,
             started_at: UNIX_EPOCH,
             bytes_per_second,

@@ -32,6 +32,7 @@ fn each_error_has_the_code_that_the_kubelet_must_act_on() {
         digest: None,
         state: PullState::Resolving,
         done_bytes: 0,
+        fetched_bytes: 0,
         total_bytes: 0,
         started_at: std::time::SystemTime::UNIX_EPOCH,
         bytes_per_second: 0.0,
@@ -58,6 +59,7 @@ fn each_error_has_the_code_that_the_kubelet_must_act_on() {
             PublishError::Incompatible { target: text(), volume: text(), image: text() },
             Code::AlreadyExists,
         ),
+        (PublishError::LayoutRefused(text()), Code::PermissionDenied),
         (PublishError::Mount(MountError::TreeGone("/tree".into())), Code::Unavailable),
         (
             PublishError::Mount(MountError::NotInImage { path: text(), why: "is not there" }),

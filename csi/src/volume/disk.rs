@@ -139,21 +139,21 @@ impl Disk {
         }
     }
 
-    /// Takes a volume away. False when there was no such volume.
+    /// Takes a volume away. Nothing when there was no such volume, or its record is damaged.
     pub(super) fn take_away(
         &self,
         volume_id: &VolumeId,
         target: &TargetPath,
-    ) -> Result<bool, UnpublishError> {
+    ) -> Result<Option<VolumeRecord>, UnpublishError> {
         let name = record_name(volume_id, target);
-        let known = match self.records.get::<VolumeRecord>(&name) {
-            Ok(record) => record.is_some(),
+        let (record, known) = match self.records.get::<VolumeRecord>(&name) {
+            Ok(record) => (record.clone(), record.is_some()),
             // Unreadable, but it was there.
-            Err(StoreError::Corrupt(_)) => true,
+            Err(StoreError::Corrupt(_)) => (None, true),
             Err(e) => return Err(e.into()),
         };
         if !known && !self.may_be_taken(target)? {
-            return Ok(false);
+            return Ok(None);
         }
         self.mounter.unmount(target.as_path())?;
         match fs::remove_dir(target.as_path()) {
@@ -168,7 +168,7 @@ impl Disk {
             },
         }
         self.records.remove(&name)?;
-        Ok(known)
+        Ok(record)
     }
 
     /// Whether a target without record may be cleaned: nothing there, or only mounts

@@ -33,6 +33,12 @@ pub enum PublishError {
         /// What it shows now.
         image: String,
     },
+    /// The image is an OCI layout in a folder that volumes may not take images from.
+    #[error(
+        "volume attribute image: the folder {0} is in none that csi.layoutFolders of the agent's \
+         configuration allows; name an image of a registry, or have it allowed"
+    )]
+    LayoutRefused(String),
     /// The image did not come.
     #[error(transparent)]
     Pull(PullError),

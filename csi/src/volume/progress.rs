@@ -12,7 +12,7 @@ pub(super) fn sentence(progress: &PullProgress) -> String {
         PullState::Finishing | PullState::Done => {
             format!("image {image}: all bytes are here and are being put in place")
         }
-        PullState::Failed(why) => format!("image {image}: {why}"),
+        PullState::Failed { message: why, .. } => format!("image {image}: {why}"),
         PullState::Pulling if progress.total_bytes == 0 => {
             format!("image {image}: {} fetched", bytes(progress.done_bytes as f64))
         }
@@ -66,6 +66,7 @@ mod tests {
             digest: None,
             state,
             done_bytes: 1_288_490_189,
+            fetched_bytes: 1_288_490_189,
             total_bytes: 15_032_385_536,
             started_at: SystemTime::UNIX_EPOCH,
             bytes_per_second: 125_829_120.0,

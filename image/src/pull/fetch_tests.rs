@@ -89,7 +89,7 @@ async fn fetch_with(
         got.extend_from_slice(&chunk.bytes);
     }
     fetching.await.unwrap()?;
-    Ok((got, meter.read(Instant::now()).0))
+    Ok((got, meter.read(Instant::now()).fetched_bytes))
 }
 
 async fn fetch(blobs: &Arc<Blobs>, start: u64) -> Result<Vec<u8>, PullError> {

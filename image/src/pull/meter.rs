@@ -16,36 +16,52 @@ pub(super) struct Meter {
 struct State {
     start: Instant,
     last: Instant,
-    bytes: u64,
+    fetched_bytes: u64,
+    skipped_bytes: u64,
     rate: f64,
+}
+
+/// What a meter shows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Reading {
+    pub(super) fetched_bytes: u64,
+    /// Bytes that did not have to be fetched.
+    pub(super) skipped_bytes: u64,
+    /// Of what was fetched.
+    pub(super) bytes_per_second: f64,
 }
 
 impl Meter {
     pub(super) fn new(now: Instant) -> Self {
-        Self { state: Mutex::new(State { start: now, last: now, bytes: 0, rate: 0.0 }) }
+        let state = State { start: now, last: now, fetched_bytes: 0, skipped_bytes: 0, rate: 0.0 };
+        Self { state: Mutex::new(state) }
     }
 
     /// Counts bytes that arrived.
     pub(super) fn add(&self, bytes: u64, now: Instant) {
         let mut state = self.lock();
         state.decay(now);
-        state.bytes += bytes;
+        state.fetched_bytes += bytes;
         state.rate += bytes as f64 / TAU.as_secs_f64();
     }
 
     /// Counts bytes that need not be fetched: they are done and say nothing of the rate.
     pub(super) fn skip(&self, bytes: u64) {
-        self.lock().bytes += bytes;
+        self.lock().skipped_bytes += bytes;
     }
 
-    /// `(bytes so far, bytes per second)`.
-    pub(super) fn read(&self, now: Instant) -> (u64, f64) {
+    /// What it shows at `now`.
+    pub(super) fn read(&self, now: Instant) -> Reading {
         let mut state = self.lock();
         state.decay(now);
         // The average starts at zero; without this the first seconds would look slow.
         let age = now.saturating_duration_since(state.start).as_secs_f64().max(0.05);
         let weight = 1.0 - (-age / TAU.as_secs_f64()).exp();
-        (state.bytes, state.rate / weight)
+        Reading {
+            fetched_bytes: state.fetched_bytes,
+            skipped_bytes: state.skipped_bytes,
+            bytes_per_second: state.rate / weight,
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
@@ -75,11 +91,14 @@ mod tests {
                 now += Duration::from_millis(100);
                 meter.add(10_000_000, now);
             }
-            let (bytes, rate) = meter.read(now);
-            assert_eq!(bytes, second * 100_000_000);
-            assert!((0.94e8..1.06e8).contains(&rate), "after {second} s: {rate}");
+            let Reading { fetched_bytes, bytes_per_second, .. } = meter.read(now);
+            assert_eq!(fetched_bytes, second * 100_000_000);
+            assert!(
+                (0.94e8..1.06e8).contains(&bytes_per_second),
+                "after {second} s: {bytes_per_second}"
+            );
         }
-        let (_, rate) = meter.read(now + Duration::from_secs(30));
+        let rate = meter.read(now + Duration::from_secs(30)).bytes_per_second;
         assert!(rate < 0.06e8, "after a stall of 30 s: {rate}");
     }
 
@@ -88,6 +107,8 @@ mod tests {
         let start = Instant::now();
         let meter = Meter::new(start);
         meter.skip(1 << 30);
-        assert_eq!(meter.read(start + Duration::from_secs(1)), (1 << 30, 0.0));
+        let reading = meter.read(start + Duration::from_secs(1));
+        let expected = Reading { fetched_bytes: 0, skipped_bytes: 1 << 30, bytes_per_second: 0.0 };
+        assert_eq!(reading, expected);
     }
 }

@@ -231,7 +231,10 @@ async fn bad_images_fail_with_one_clear_error_and_leave_nothing() {
     );
     bench.assert_nothing_is_left();
     assert_eq!(bench.puller.pulls().len(), 3, "failures are remembered");
-    assert_eq!(bench.puller.pulls()[2].state, PullState::Failed(error.to_string()));
+    assert_eq!(
+        bench.puller.pulls()[2].state,
+        PullState::Failed { reason: "mismatch", message: error.to_string() }
+    );
 
     let gone = bench.layer(Plain, &[Entry::File("f", b"x")]);
     let reference = bench.layout.image("gone", std::slice::from_ref(&gone));
@@ -324,6 +327,7 @@ fn an_eta_is_told_when_it_can_be() {
         digest: None,
         state,
         done_bytes,
+        fetched_bytes: done_bytes,
         total_bytes,
         started_at: SystemTime::now(),
         bytes_per_second,
@@ -333,5 +337,8 @@ fn an_eta_is_told_when_it_can_be() {
     assert_eq!(eta(progress(PullState::Pulling, 10, 110, 50.0)), Some(Duration::from_secs(2)));
     assert_eq!(eta(progress(PullState::Pulling, 10, 110, 0.0)), None);
     assert_eq!(eta(progress(PullState::Finishing, 110, 110, 0.0)), Some(Duration::ZERO));
-    assert_eq!(eta(progress(PullState::Failed("x".into()), 10, 110, 5.0)), None);
+    assert_eq!(
+        eta(progress(PullState::Failed { reason: "x", message: String::new() }, 10, 110, 5.0)),
+        None
+    );
 }

@@ -188,8 +188,10 @@ impl Links {
                 }
             }
         }
-        // The same image has the same times on each node and at each pull.
-        rustix::fs::futimens(directory, &EPOCH).context(|| format!("set times of {prefix}/"))
+        // The same image looks the same on each node and at each pull, whatever the umask.
+        let what = || format!("set mode and times of {prefix}/ in the tree");
+        rustix::fs::fchmod(directory, Mode::from_raw_mode(0o755)).context(what)?;
+        rustix::fs::futimens(directory, &EPOCH).context(what)
     }
 
     fn link(

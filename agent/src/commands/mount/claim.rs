@@ -5,8 +5,8 @@
 //! <store>/mounts/<name>.log     locked by the server for as long as it lives; its log
 //! ```
 //!
-//! The lock comes before the record and goes after it. So a record whose log nobody has
-//! locked is of a server that died, and whoever comes across it removes it.
+//! The lock comes before the record. So a record whose log is gone or not locked is of a
+//! server that ends or died, and whoever comes across it removes it.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
@@ -123,16 +123,16 @@ pub(super) struct Claim {
     records: Records,
     name: String,
     path: PathBuf,
-    /// Closed last.
     _lock: File,
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
+        // The record last: who waits for it to go finds nothing left of this server.
+        remove(&self.path);
         if let Err(error) = self.records.remove(&self.name) {
             tracing::warn!(name = %self.name, %error, "left a record behind");
         }
-        remove(&self.path);
     }
 }
 

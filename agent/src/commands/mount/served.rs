@@ -10,7 +10,7 @@
 //! writes to its log only, so that nobody need be there to listen.
 
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
@@ -30,11 +30,15 @@ use crate::cli::{Global, MountArgs, Output};
 use crate::commands::pull::pull_one;
 use crate::commands::{open_puller, open_store};
 use crate::config::Config;
-use crate::output::print;
 
-/// How long an unmounted server may take to end, and one that is told to end may go on
-/// for who has files open.
+/// How long a server that is told to end goes on for who has files open.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a server takes to end at most when nobody has files open.
+const END: Duration = Duration::from_secs(1);
+
+/// More of a server's log is no error message.
+const MAX_SAID_BYTES: u64 = 4096;
 
 /// What is mounted where.
 struct Wanted {
@@ -68,6 +72,7 @@ pub(super) async fn mount(
     let puller = open_puller(&config)?;
     let digest = pull_one(output, &puller, &wanted.reference).await?.digest;
     let store = puller.store().clone();
+    drop(puller);
     if there == Target::Mounted {
         let target = wanted.target.display();
         let same = |claim: &VolumeRecord| {
@@ -125,11 +130,12 @@ fn start(global: &Global, root: &Path, wanted: &Wanted, name: &str) -> anyhow::R
         command.arg("--path").arg(path.as_path());
     }
     command.arg("--").arg(wanted.reference.to_string()).arg(&wanted.target);
-    let errors = File::create(&log).with_context(|| format!("write {}", log.display()))?;
+    let errors = File::options().read(true).append(true).create(true).open(&log);
+    let errors = errors.with_context(|| format!("write {}", log.display()))?;
     let mut server = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(errors)
+        .stderr(errors.try_clone().context("write the log")?)
         .spawn()
         .context("start the serving process")?;
     // One JSON object, and then the end of the output, or of the process.
@@ -143,8 +149,9 @@ fn start(global: &Global, root: &Path, wanted: &Wanted, name: &str) -> anyhow::R
         }
     }
     let status = server.wait().context("wait for the serving process")?;
-    let said = fs::read_to_string(&log).unwrap_or_default();
+    // The server has removed it, unless it got no further than its first steps.
     let _ = fs::remove_file(&log);
+    let said = from_the_start(&errors);
     let mut said: Vec<&str> =
         said.lines().map(|line| line.trim_start_matches("carport: ")).collect();
     // What is wrong comes last; what the helper said before it is why.
@@ -153,6 +160,13 @@ fn start(global: &Global, root: &Path, wanted: &Wanted, name: &str) -> anyhow::R
         true => bail!("mount on {}: the serving process ended ({status})", wanted.target.display()),
         false => bail!("{}", said.join("; ")),
     }
+}
+
+/// The text of a log, which has no name any more. What is not readable is left out.
+fn from_the_start(mut log: &File) -> String {
+    let mut bytes = Vec::new();
+    let _ = log.rewind().and_then(|()| log.take(MAX_SAID_BYTES).read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Mounts and serves in this process.
@@ -234,7 +248,7 @@ pub(super) fn wait_for_end(config: &Config, target: &Path) -> anyhow::Result<boo
         return Ok(true);
     }
     let claims = Claims::of(&open_store(config)?);
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + END;
     loop {
         let living = claims.living()?;
         if !living.iter().any(|claim| claim.target.as_path() == target) {

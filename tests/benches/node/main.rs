@@ -1,0 +1,43 @@
+//! `make bench`: carport beside its peers, in one run, interleaved.
+//!
+//! Prints a table, and appends one JSON object a figure to `target/bench/results.jsonl`. Ratio is
+//! carport ÷ peer for costs. Peers that are not installed are left out, and said so.
+//!
+//! What is measured of a process is the kernel's own account: wall time, CPU time of all its
+//! threads, bytes it caused to be written, peak of its resident memory. The registry's share is
+//! its own process, and not counted.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+mod containerd;
+mod measure;
+mod publish;
+mod pull;
+mod report;
+
+use report::Report;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    // Cargo's own flags for benches mean nothing here; one that is no flag chooses figures by name.
+    let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let wanted = |name: &str| only.as_deref().is_none_or(|only| name.contains(only));
+    let carport = carport_tests::carport::binary();
+    let mut report = Report::open(&target().join("bench/results.jsonl"))?;
+    if wanted("pull") {
+        pull::run(carport, &mut report).await.context("bench of pulls")?;
+    }
+    if wanted("publish") {
+        publish::run(carport, &mut report).await.context("bench of publishes")?;
+    }
+    report.table();
+    Ok(())
+}
+
+fn target() -> PathBuf {
+    let this = std::env::current_exe().unwrap_or_default();
+    // <target>/release/deps/<bench>
+    this.ancestors().nth(3).unwrap_or(Path::new("target")).to_owned()
+}
