@@ -11,11 +11,14 @@
 //!
 //! # Going on after a stop
 //!
-//! Of an uncompressed layer a checkpoint is saved every [`CHECKPOINT_BYTES`]:
-//! hash state, tar state, and what is on the disk. [`Resumed`] picks it up.
+//! Of an uncompressed layer a checkpoint is saved every [`CHECKPOINT_BYTES`] or so:
+//! hash state, tar state, and what is on the disk. [`Resumed`] picks it up. The
+//! unpacking thread chooses the places ([`Marks`]): there, nothing waits in its
+//! buffer, so that no byte is written twice.
 //! A compressed layer starts again: its decoder's state cannot be saved.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use bytes::Bytes;
@@ -36,6 +39,10 @@ use unpack::{Progress, Unpacker};
 /// Bytes between two checkpoints: what a crash costs at most, beside what is on the wire. Each
 /// costs a flush of the disk's cache, so much smaller would be felt.
 const CHECKPOINT_BYTES: u64 = 32 * 1024 * 1024;
+
+/// How far behind the hashing thread the unpacking one can be: the queue, in chunks of a MiB, and
+/// some. A place that is nearer may have been passed already.
+const LEAD_BYTES: u64 = 12 * 1024 * 1024;
 
 /// Bytes that are fetched on, after a layer turned out unreadable, to learn whether it was altered.
 const VERDICT_BYTES: u64 = 64 * 1024 * 1024;
@@ -147,18 +154,19 @@ impl Resumed {
     /// Unpacks the chunks that `next` gives until the blob is whole, verifies and commits it.
     ///
     /// Blocks. When `next` ends early, what came is kept for the next pull.
-    pub(crate) fn unpack<C: Send>(
+    pub(crate) fn unpack<C: Clone + Send>(
         self,
         mut next: impl FnMut() -> Option<Chunk<C>>,
     ) -> Result<Done, LayerError> {
         let Self { ingest, layer, diff_id, mut blob_hash, unpacker, offset } = self;
         let size = layer.blob.size;
         let (sender, receiver) = mpsc::sync_channel::<Step<C>>(QUEUE);
+        let marks = Marks::default();
         let outcome = std::thread::scope(|scope| {
-            let ingest = &ingest;
+            let (ingest, marks) = (&ingest, &marks);
             let unpacking =
-                scope.spawn(move || Unpacking::new(ingest, layer, unpacker)?.run(&receiver));
-            let hashed = hash_blob(&mut blob_hash, offset, layer, &mut next, &sender);
+                scope.spawn(move || Unpacking::new(ingest, layer, unpacker)?.run(&receiver, marks));
+            let hashed = hash_blob(&mut blob_hash, offset, layer, &mut next, &sender, marks);
             drop(sender);
             let unpacked = unpacking.join().unwrap_or_else(|_| {
                 Err(LayerError::Refused("the unpacking thread died".to_owned()))
@@ -214,16 +222,30 @@ enum Step<C> {
     Verified,
 }
 
-fn hash_blob<C>(
+/// Where in the blob the unpacking thread wants the next [`Step::Mark`]; 0 for nowhere.
+#[derive(Default)]
+struct Marks(AtomicU64);
+
+impl Marks {
+    fn wanted(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn want(&self, offset: u64) {
+        self.0.store(offset, Ordering::Relaxed);
+    }
+}
+
+fn hash_blob<C: Clone>(
     hash: &mut Sha256,
     mut offset: u64,
     layer: Layer,
     next: &mut impl FnMut() -> Option<Chunk<C>>,
     sender: &mpsc::SyncSender<Step<C>>,
+    marks: &Marks,
 ) -> Result<(), LayerError> {
     let size = layer.blob.size;
     let resumable = layer.compression == Compression::None;
-    let mut marked = offset;
     // The other thread is gone only with an error of its own. When that was about the bytes, the
     // digest tells whether they were altered on their way; worth the rest of the blob if that is short.
     let send = |step, left: u64| match sender.send(step) {
@@ -231,24 +253,29 @@ fn hash_blob<C>(
         _ => Ok(()),
     };
     while offset < size {
-        let Some(chunk) = next() else {
+        let Some(mut chunk) = next() else {
             if resumable {
                 send(Step::Mark(hex::encode(hash.serialize())), size)?;
             }
             return Err(LayerError::Stopped(offset));
         };
-        hash.update(&chunk.bytes);
-        offset += chunk.bytes.len() as u64;
-        if offset > size {
+        let length = chunk.bytes.len() as u64;
+        if length > size - offset {
             return Err(LayerError::Mismatch(format!(
                 "is longer than the {size} bytes it should have"
             )));
         }
-        send(Step::Chunk(chunk), size - offset)?;
-        if resumable && offset - marked >= CHECKPOINT_BYTES {
-            marked = offset;
+        let mark = marks.wanted();
+        if resumable && offset < mark && mark < offset + length {
+            let bytes = chunk.bytes.split_to((mark - offset) as usize);
+            hash.update(&bytes);
+            offset = mark;
+            send(Step::Chunk(Chunk { bytes, _credit: chunk._credit.clone() }), size - offset)?;
             send(Step::Mark(hex::encode(hash.serialize())), size - offset)?;
         }
+        hash.update(&chunk.bytes);
+        offset += chunk.bytes.len() as u64;
+        send(Step::Chunk(chunk), size - offset)?;
     }
     let found = Digest::from_sha256(hash.clone().finalize().into());
     if found != layer.blob.digest {
@@ -319,7 +346,12 @@ impl<'a> Unpacking<'a> {
         Ok(Self { ingest, decoder })
     }
 
-    fn run<C>(mut self, steps: &mpsc::Receiver<Step<C>>) -> Result<Finished, LayerError> {
+    fn run<C>(
+        mut self,
+        steps: &mpsc::Receiver<Step<C>>,
+        marks: &Marks,
+    ) -> Result<Finished, LayerError> {
+        let mut saved = self.offset();
         for step in steps {
             match step {
                 Step::Chunk(chunk) => {
@@ -329,12 +361,30 @@ impl<'a> Unpacking<'a> {
                         Decoder::Zstd(decoder) => decoder.write_all(&chunk.bytes),
                     };
                     written.map_err(|e| self.reason(&e))?;
+                    if let Decoder::None(Body { unpacker, .. }) = &self.decoder
+                        && unpacker.offset() > marks.wanted()
+                    {
+                        let soon = unpacker.offset() + LEAD_BYTES;
+                        marks.want(unpacker.settles_at(soon.max(saved + CHECKPOINT_BYTES)));
+                    }
                 }
-                Step::Mark(sha256) => self.save(sha256)?,
+                Step::Mark(sha256) => {
+                    self.save(sha256)?;
+                    saved = self.offset();
+                }
                 Step::Verified => return self.finish(),
             }
         }
         Err(LayerError::Stopped(0))
+    }
+
+    /// Bytes of the tar taken so far.
+    fn offset(&self) -> u64 {
+        match &self.decoder {
+            Decoder::None(body) => body.unpacker.offset(),
+            Decoder::Gzip(decoder) => decoder.get_ref().unpacker.offset(),
+            Decoder::Zstd(decoder) => decoder.get_ref().unpacker.offset(),
+        }
     }
 
     fn save(&mut self, sha256: String) -> Result<(), LayerError> {

@@ -257,7 +257,15 @@ impl Store {
         let mut images = Vec::new();
         for digest in self.tree_digests()? {
             // Another process may remove it between the two looks.
-            if let Some(tree) = self.tree_record(&digest)? {
+            // And one damaged record must not hide the other images.
+            let tree = match self.tree_record(&digest) {
+                Err(StoreError::Corrupt(why)) => {
+                    tracing::error!(%why, "skipped a damaged image");
+                    None
+                }
+                tree => tree?,
+            };
+            if let Some(tree) = tree {
                 let mut references = references.remove(&digest).unwrap_or_default();
                 references.sort();
                 images.push(tree.into_image(references));
@@ -281,7 +289,7 @@ impl Store {
     }
 
     pub(crate) fn reference(&self, reference: &Reference) -> Result<Option<RefRecord>, StoreError> {
-        self.ref_records().get(&ref_name(&reference.to_string()))
+        self.ref_records().get_sound(&ref_name(&reference.to_string()))
     }
 
     pub(crate) fn put_reference(&self, record: &RefRecord) -> Result<(), StoreError> {
@@ -298,7 +306,7 @@ impl Store {
 
     /// What `digest` unpacked to, when all of it is still here.
     pub(crate) fn layer(&self, digest: &Digest) -> Result<Option<LayerRecord>, StoreError> {
-        let record: Option<LayerRecord> = self.layer_records().get(&digest.hex())?;
+        let record: Option<LayerRecord> = self.layer_records().get_sound(&digest.hex())?;
         Ok(record.filter(|record| record.objects().all(|(id, size)| self.has_object(&id, size))))
     }
 

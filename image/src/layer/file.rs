@@ -18,7 +18,7 @@ use crate::digest::ObjectId;
 use crate::store::{EPOCH, object_mode};
 
 /// Bytes gathered before a write. Larger gains nothing; smaller costs requests to the disk.
-const BUFFER_BYTES: usize = 4 * 1024 * 1024;
+pub(super) const BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
 /// The strictest alignment that file systems ask of `O_DIRECT`.
 const ALIGNMENT: usize = 4096;
@@ -51,7 +51,7 @@ impl Buffer {
         &self.memory[self.start..self.start + padded]
     }
 
-    fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         BUFFER_BYTES - self.filled
     }
 

@@ -136,6 +136,14 @@ impl Parser {
         self.offset
     }
 
+    /// Bytes of the current file's content that are still to come.
+    pub(crate) fn data_left(&self) -> u64 {
+        match self.state {
+            State::Data { left, .. } => left,
+            _ => 0,
+        }
+    }
+
     /// Consumes a part of `input`; returns how much, and what it means.
     ///
     /// Call again with the rest until it answers [`Event::More`].

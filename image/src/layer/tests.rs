@@ -191,6 +191,36 @@ fn a_stopped_layer_goes_on_where_it_was() {
 }
 
 #[test]
+fn a_layer_that_is_killed_goes_on_from_its_last_checkpoint_and_writes_nothing_twice() {
+    const MIB: usize = 1024 * 1024;
+    let tar =
+        tar(&[Entry::File("a", &noise(40, 150 * MIB)), Entry::File("b", &noise(41, 9 * MIB))]);
+    let layer = layer_of(&tar, Compression::None);
+    let (_dir, store) = store();
+    let ingest = store.ingest(&layer.blob.digest).unwrap().unwrap();
+    let folder = ingest.folder().to_owned();
+    let resumed = Resumed::open(ingest, layer, Digest::of(&tar)).unwrap();
+    let mut checkpoints = std::collections::BTreeSet::new();
+    let mut chunks = tar.chunks(400_000);
+    let mut feed = || {
+        if let Ok(text) = std::fs::read(folder.join("checkpoint.json")) {
+            let checkpoint: serde_json::Value = serde_json::from_slice(&text).unwrap();
+            checkpoints.insert(checkpoint["offset"].as_u64().unwrap());
+            let synced = checkpoint["progress"]["open"]["synced"].as_u64().unwrap_or(0);
+            assert_eq!(synced as usize % (4 * MIB), 0, "only full buffers are written");
+        }
+        // A pull that is killed ends between two chunks and says nothing.
+        chunks.next().map(|bytes| Chunk { bytes: Bytes::copy_from_slice(bytes), _credit: () })
+    };
+    resumed.unpack(&mut feed).unwrap();
+    let checkpoints: Vec<u64> = checkpoints.into_iter().collect();
+    assert!((3..=4).contains(&checkpoints.len()), "{checkpoints:?}");
+    for pair in checkpoints.windows(2) {
+        assert!(pair[1] - pair[0] <= 40 * MIB as u64, "{checkpoints:?}");
+    }
+}
+
+#[test]
 fn a_checkpoint_that_the_disk_contradicts_starts_the_layer_again() {
     let tar =
         tar(&[Entry::File("a", &noise(20, 2_000_000)), Entry::File("b", &noise(21, 2_000_000))]);

@@ -51,6 +51,20 @@ impl Records {
         read(&self.file(name)?)
     }
 
+    /// Reads a record that can be made again: a damaged one is logged and counts as absent.
+    pub(super) fn get_sound<T: DeserializeOwned>(
+        &self,
+        name: &str,
+    ) -> Result<Option<T>, StoreError> {
+        match self.get(name) {
+            Err(StoreError::Corrupt(why)) => {
+                tracing::warn!(%why, "a damaged record counts as absent");
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+
     /// Removes a record; false when there was none.
     pub fn remove(&self, name: &str) -> Result<bool, StoreError> {
         let path = self.file(name)?;

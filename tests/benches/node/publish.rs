@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use carport_proto::csi::v1 as csi;
-use carport_tests::node::{Node, publish_request};
+use carport_tests::node::{Node, Setup, publish_request};
 
 use crate::report::{Figure, Report, quantile};
 
@@ -33,7 +33,9 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
         let packed = Command::new(carport).arg("pack").arg(&model).arg(&layout).output()?;
         ensure!(packed.status.success(), "pack: {}", String::from_utf8_lossy(&packed.stderr));
 
-        let node = Node::start(carport, &[]).context("run the bench as root")?;
+        let node_setup =
+            Setup { layout_folders: vec![folder.path().to_owned()], ..Setup::default() };
+        let node = Node::set_up(carport, node_setup).context("run the bench as root")?;
         let pod = node.pod("pod");
         node.publish(&pod, &layout).await?;
         node.unpublish(&pod).await?;
