@@ -20,6 +20,8 @@ const SECRET: [&str; 2] =
 
 fn main() -> io::Result<()> {
     require_protoc()?;
+    // Whoever prints one such line has to name everything.
+    println!("cargo:rerun-if-changed=proto");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap_or_default());
     tonic_prost_build::configure()
         // What reflection tells about; the kubelet's services are not reflected.

@@ -205,6 +205,9 @@ pub struct AgentArgs {
     /// The kubelet's directory [default: /var/lib/kubelet].
     #[arg(long, env = "CARPORT_KUBELET_DIR", value_name = "DIR", value_parser = text::parse_absolute)]
     pub kubelet_dir: Option<PathBuf>,
+    /// Folders in which a volume's image may be an OCI layout [default: none].
+    #[arg(long, env = "CARPORT_CSI_LAYOUT_FOLDERS", value_name = "DIR", value_delimiter = ',', value_parser = text::parse_absolute)]
+    pub csi_layout_folders: Vec<PathBuf>,
     /// The list of images to have on this node.
     #[arg(long, env = "CARPORT_PREPULL_LIST", value_name = "FILE", value_parser = text::parse_absolute)]
     pub prepull_list: Option<PathBuf>,
@@ -290,7 +293,7 @@ pub struct MountArgs {
 /// Flags of `carport locate`.
 #[derive(Debug, Args)]
 pub struct LocateArgs {
-    /// The models that must all be there; shared bytes count once.
+    /// The models that must all be there: references, or digests (sha256:…).
     #[arg(value_name = "REF", required = true)]
     pub references: Vec<String>,
     /// Ask for this many free GPUs, too.
@@ -343,6 +346,9 @@ impl AgentArgs {
         set(&mut config.csi.enabled, &self.csi);
         set(&mut config.csi.driver_name, &self.csi_driver_name);
         set(&mut config.csi.kubelet_dir, &self.kubelet_dir);
+        if !self.csi_layout_folders.is_empty() {
+            config.csi.layout_folders.clone_from(&self.csi_layout_folders);
+        }
         set(&mut config.gpu.enabled, &self.gpu);
         if self.gpu_library.is_some() {
             config.gpu.library.clone_from(&self.gpu_library);
@@ -412,6 +418,8 @@ mod tests {
             "false",
             "--plain-http",
             "r:5000,s",
+            "--csi-layout-folders",
+            "/srv/a,/srv/b",
             "--http-listen",
             "127.0.0.1:1",
         ]);
@@ -424,6 +432,8 @@ mod tests {
         assert_eq!(config.log.level, "warn");
         assert!(!config.csi.enabled);
         assert_eq!(config.registries.plain_http, ["r:5000", "s"]);
+        let folders = ["/srv/a", "/srv/b"].map(PathBuf::from);
+        assert_eq!(config.csi.layout_folders, folders);
         assert_eq!(config.http.listen.port(), 1);
     }
 }

@@ -127,6 +127,7 @@ fn open_store(config: &Config) -> anyhow::Result<Store> {
 }
 
 fn open_puller(config: &Config) -> anyhow::Result<Puller> {
+    config.check()?;
     let sources = Sources::new(config.registry_options())?;
     Ok(Puller::new(open_store(config)?, sources, config.pull_options()))
 }

@@ -86,6 +86,10 @@ pub struct Csi {
     /// The kubelet's root directory; `plugins/` and `plugins_registry/` below it get the sockets.
     #[serde(deserialize_with = "text::absolute")]
     pub kubelet_dir: PathBuf,
+    /// Folders in which a volume's image may be an OCI layout (`oci:/folder:tag`). None: pods
+    /// name images in registries only.
+    #[serde(deserialize_with = "text::absolutes")]
+    pub layout_folders: Vec<PathBuf>,
 }
 
 /// How registries are spoken to.
@@ -210,6 +214,7 @@ impl Default for Csi {
             enabled: Home::of_this_user() == Home::System,
             driver_name: "csi.carport.dev".into(),
             kubelet_dir: "/var/lib/kubelet".into(),
+            layout_folders: Vec::new(),
         }
     }
 }
@@ -266,15 +271,26 @@ impl Config {
                     .map_err(|why| ConfigError::field("csi.kubeletDir", &why))?;
             }
         }
-        if self.registries.connections < self.pull.connections_per_layer {
-            return Err(ConfigError::field(
-                "registries.connections",
-                &format!(
-                    "{} is less than pull.connectionsPerLayer ({}), which could never be reached; \
-                     raise the one or lower the other",
-                    self.registries.connections, self.pull.connections_per_layer
-                ),
-            ));
+        let connections = self.registries.connections;
+        let too_few = |why: String| {
+            ConfigError::field("registries.connections", &format!("{connections} {why}"))
+        };
+        if connections < self.pull.connections_per_layer {
+            return Err(too_few(format!(
+                "is less than pull.connectionsPerLayer ({}), which could never be reached; raise \
+                 the one or lower the other",
+                self.pull.connections_per_layer
+            )));
+        }
+        // Where a registry serves no ranges, a layer holds its connection while it waits for
+        // memory; the layer whose turn it is must still get one.
+        if connections <= self.pull.concurrent_layers {
+            return Err(too_few(format!(
+                "is not more than pull.concurrentLayers ({}): layers from a registry without \
+                 ranges hold a connection each, and none would be left; raise the one or lower \
+                 the other",
+                self.pull.concurrent_layers
+            )));
         }
         Ok(())
     }

@@ -21,6 +21,10 @@ use crate::gpu::ProviderState;
 use crate::placement::gpus::by_health;
 use crate::state::{NodeState, in_flight, same_pull};
 
+mod volumes;
+
+pub use volumes::VolumeMetrics;
+
 /// What an OpenMetrics scraper expects to be told.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -33,12 +37,15 @@ pub struct Metrics {
     pub pulls: PullMetrics,
     /// The pre-pull list.
     pub prepull: PrepullMetrics,
+    /// Publishes and unpublishes.
+    pub volumes: VolumeMetrics,
 }
 
 /// Pulls of this agent, whoever asked for them.
 #[derive(Debug, Clone)]
 pub struct PullMetrics {
     ended: Family<ResultLabel, Counter>,
+    failures: Family<ReasonLabel, Counter>,
     bytes: Counter,
     seconds: Histogram,
     in_flight: Gauge,
@@ -73,12 +80,32 @@ struct ResultLabel {
 }
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct StateLabel {
     state: String,
 }
 
 const DONE: ResultLabel = ResultLabel { result: "done" };
 const FAILED: ResultLabel = ResultLabel { result: "failed" };
+
+/// Why pulls fail: what `PullError::reason` says, but for `cancelled`, which is no failure.
+const FAILURE_REASONS: [&str; 11] = [
+    "not_found",
+    "denied",
+    "throttled",
+    "unavailable",
+    "invalid",
+    "mismatch",
+    "unsupported",
+    "refused",
+    "no_space",
+    "store",
+    "not_stored",
+];
 
 /// States of entries of the pre-pull list.
 const ENTRY_STATES: [&str; 3] = ["pulling", "ready", "failed"];
@@ -105,8 +132,9 @@ impl Default for Metrics {
         registry.register("build", "The agent's version", info);
         let pulls = PullMetrics::new(&mut registry);
         let prepull = PrepullMetrics::new(&mut registry);
+        let volumes = VolumeMetrics::new(&mut registry);
         let node = NodeMetrics::new(&mut registry);
-        Self { registry, node, pulls, prepull }
+        Self { registry, node, pulls, prepull, volumes }
     }
 }
 
@@ -128,6 +156,7 @@ impl PullMetrics {
     fn new(registry: &mut Registry) -> Self {
         let metrics = Self {
             ended: Family::default(),
+            failures: Family::default(),
             bytes: Counter::default(),
             seconds: Histogram::new(PULL_SECONDS),
             in_flight: Gauge::default(),
@@ -135,10 +164,18 @@ impl PullMetrics {
         for label in [DONE, FAILED] {
             let _ = metrics.ended.get_or_create(&label);
         }
+        for reason in FAILURE_REASONS {
+            let _ = metrics.failures.get_or_create(&ReasonLabel { reason });
+        }
         registry.register("pulls", "Pulls that ended, by result", metrics.ended.clone());
         registry.register(
+            "pull_failures",
+            "Pulls that ended without success, by reason",
+            metrics.failures.clone(),
+        );
+        registry.register(
             "pull_bytes",
-            "Bytes of layers that pulls brought or found here already, as they travel (compressed)",
+            "Bytes of layers that came from registries and folders, as they travel (compressed)",
             metrics.bytes.clone(),
         );
         registry.register(
@@ -156,10 +193,11 @@ impl PullMetrics {
         for pull in now {
             let earlier = before.iter().find(|earlier| same_pull(earlier, pull));
             let was_in_flight = earlier.is_none_or(in_flight);
-            let done_before = earlier.map_or(0, |earlier| earlier.done_bytes);
-            self.bytes.inc_by(pull.done_bytes.saturating_sub(done_before));
-            if was_in_flight && matches!(pull.state, PullState::Failed { .. }) {
+            let fetched_before = earlier.map_or(0, |earlier| earlier.fetched_bytes);
+            self.bytes.inc_by(pull.fetched_bytes.saturating_sub(fetched_before));
+            if let (true, PullState::Failed { reason, .. }) = (was_in_flight, &pull.state) {
                 self.ended.get_or_create(&FAILED).inc();
+                self.failures.get_or_create(&ReasonLabel { reason }).inc();
             }
         }
         let running = now.iter().filter(|pull| in_flight(pull)).count();
@@ -168,7 +206,7 @@ impl PullMetrics {
 
     /// A pull that was last seen as `pull` has succeeded.
     pub fn done(&self, pull: &PullProgress) {
-        // What came after the last look came, too.
+        // After the last look came what was missing then.
         self.bytes.inc_by(pull.total_bytes.saturating_sub(pull.done_bytes));
         self.ended.get_or_create(&DONE).inc();
         let elapsed = SystemTime::now().duration_since(pull.started_at).unwrap_or_default();
@@ -328,9 +366,14 @@ mod tests {
     #[test]
     fn a_pull_is_counted_once_with_all_its_bytes() {
         let metrics = Metrics::default();
+        // 1000 bytes were here before.
+        let resumed = |fetched_bytes| {
+            let all = pull("r/a:1", 1000 + fetched_bytes, 1100);
+            PullProgress { fetched_bytes, ..all }
+        };
         let steps = [
-            vec![pull("r/a:1", 10, 100), pull("r/b:1", 0, 0)],
-            vec![pull("r/a:1", 60, 100), {
+            vec![resumed(10), pull("r/b:1", 0, 0)],
+            vec![resumed(60), {
                 let mut failed = pull("r/b:1", 5, 50);
                 failed.state = PullState::Failed { reason: "denied", message: "denied".into() };
                 failed
@@ -346,10 +389,59 @@ mod tests {
             "carport_pull_bytes_total 105",
             "carport_pulls_total{result=\"done\"} 1",
             "carport_pulls_total{result=\"failed\"} 1",
+            "carport_pull_failures_total{reason=\"denied\"} 1",
+            "carport_pull_failures_total{reason=\"no_space\"} 0",
             "carport_pulls_in_flight 0",
             "carport_pull_seconds_count 1",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
+        }
+    }
+
+    #[test]
+    fn calls_are_counted_by_operation_and_code() {
+        use carport_csi::{Call, Operation};
+        let metrics = Metrics::default();
+        let elapsed = std::time::Duration::from_millis(7);
+        for (operation, code) in [
+            (Operation::Publish, tonic::Code::Ok),
+            (Operation::Publish, tonic::Code::DeadlineExceeded),
+            (Operation::Unpublish, tonic::Code::Ok),
+        ] {
+            metrics.volumes.observe(&Call { operation, code, elapsed });
+        }
+        let text = metrics.encode(&node(vec![])).unwrap();
+        for line in [
+            "carport_volume_calls_total{operation=\"publish\",code=\"OK\"} 1",
+            "carport_volume_calls_total{operation=\"publish\",code=\"DEADLINE_EXCEEDED\"} 1",
+            "carport_volume_calls_total{operation=\"unpublish\",code=\"ABORTED\"} 0",
+            "carport_volume_call_seconds_count{operation=\"publish\"} 2",
+            "carport_volume_call_seconds_bucket{le=\"0.005\",operation=\"unpublish\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
+        }
+    }
+
+    #[test]
+    fn the_reasons_of_failures_exist_from_the_start() {
+        use carport_image::PullError;
+        use carport_image::source::SourceError;
+        use carport_image::store::StoreError;
+        let why = || "why".to_string();
+        let throttled = SourceError::Throttled { message: why(), retry_after: None };
+        for error in [
+            PullError::Source(SourceError::NotFound(why())),
+            PullError::Source(SourceError::Denied(why())),
+            PullError::Source(throttled),
+            PullError::Source(SourceError::Unavailable(why())),
+            PullError::Source(SourceError::Invalid(why())),
+            PullError::Mismatch(why()),
+            PullError::Unpack(why()),
+            PullError::from(StoreError::NoSpace { what: why() }),
+            PullError::from(StoreError::Corrupt(why())),
+            PullError::NotStored(why()),
+        ] {
+            assert!(FAILURE_REASONS.contains(&error.reason()), "{error:?}");
         }
     }
 }

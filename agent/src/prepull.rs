@@ -98,12 +98,32 @@ struct Board {
 }
 
 impl Board {
-    fn set(&self, reference: &Reference, state: Option<EntryState>) {
+    /// The list has a new entry.
+    fn enter(&self, reference: &Reference) {
+        self.edit(|entries| {
+            entries.insert(reference.clone(), EntryState::Pulling);
+        });
+    }
+
+    /// An entry has come further; one that has left the list meanwhile does not come back.
+    fn set(&self, reference: &Reference, state: EntryState) {
+        self.edit(|entries| {
+            if let Some(entry) = entries.get_mut(reference) {
+                *entry = state;
+            }
+        });
+    }
+
+    /// An entry has left the list.
+    fn leave(&self, reference: &Reference) {
+        self.edit(|entries| {
+            entries.remove(reference);
+        });
+    }
+
+    fn edit(&self, change: impl FnOnce(&mut BTreeMap<Reference, EntryState>)) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        match state {
-            Some(state) => entries.insert(reference.clone(), state),
-            None => entries.remove(reference),
-        };
+        change(&mut entries);
         let count = |state| entries.values().filter(|other| **other == state).count();
         let (pulling, ready) = (count(EntryState::Pulling), count(EntryState::Ready));
         self.metrics.prepull.entries(pulling, ready, count(EntryState::Failed));
@@ -164,7 +184,7 @@ fn follow(
         let stays = wanted.contains(reference);
         if !stays {
             token.cancel();
-            board.set(reference, None);
+            board.leave(reference);
         }
         stays
     });
@@ -174,7 +194,7 @@ fn follow(
         }
         let token = CancellationToken::new();
         running.insert(image.clone(), token.clone());
-        board.set(image, Some(EntryState::Pulling));
+        board.enter(image);
         let (image, puller, board) = (image.clone(), puller.clone(), board.clone());
         tasks.spawn(async move {
             // Dropping the pull gives up this wait; others may still want the image.
@@ -189,18 +209,18 @@ async fn bring(image: &Reference, puller: &Puller, board: &Board) {
     loop {
         match puller.start(PullRequest::new(image.clone())).wait().await {
             Ok(_) => {
-                board.set(image, Some(EntryState::Ready));
+                board.set(image, EntryState::Ready);
                 return;
             }
             Err(_) => {
                 // Why, the puller has told.
-                board.set(image, Some(EntryState::Failed));
+                board.set(image, EntryState::Failed);
                 tracing::info!(%image, retry_s = retry.as_secs(), "pre-pull again later");
             }
         }
         tokio::time::sleep(retry).await;
         retry = (retry * 2).min(MAX_RETRY);
-        board.set(image, Some(EntryState::Pulling));
+        board.set(image, EntryState::Pulling);
     }
 }
 

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use carport_csi::mount::KernelMounter;
+use carport_csi::volume::LayoutFolders;
 use carport_csi::{BoundDriver, Driver, DriverConfig, Volumes};
 use carport_image::source::Sources;
 use carport_image::{Puller, Store};
@@ -98,9 +99,11 @@ impl Agent {
         let store = tokio::task::spawn_blocking(move || Store::open(root)).await??;
         let sources = Sources::new(config.registry_options())?;
         let puller = Puller::new(store, sources, config.pull_options());
-        let volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter));
+        let layouts = LayoutFolders::new(&config.csi.layout_folders);
+        let volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
+        let metrics = Arc::new(Metrics::default());
         let driver = match config.csi.enabled {
-            true => Some(bind_driver(&config, &volumes)?),
+            true => Some(bind_driver(&config, &volumes, &metrics)?),
             false => None,
         };
         if driver.is_some() {
@@ -108,7 +111,6 @@ impl Agent {
             tracing::info!(?found, "volumes from before");
         }
         let gpus = gpu::start(config.gpu_options()).context("start the GPU thread")?;
-        let metrics = Arc::new(Metrics::default());
         let (keeper, state) =
             Keeper::new(puller.clone(), volumes, gpus.reader(), Arc::clone(&metrics)).await?;
         Ok(Self { config, puller, driver, gpus, metrics, keeper, state, socket, http })
@@ -218,11 +220,17 @@ impl Group {
 }
 
 /// Binds the driver's sockets; the kubelet learns of it when it is served.
-fn bind_driver(config: &Config, volumes: &Volumes) -> anyhow::Result<BoundDriver> {
+fn bind_driver(
+    config: &Config,
+    volumes: &Volumes,
+    metrics: &Metrics,
+) -> anyhow::Result<BoundDriver> {
     let driver = DriverConfig::in_kubelet_folder(
         &config.csi.driver_name,
         &config.node_name,
         &config.csi.kubelet_dir,
     )?;
-    Ok(Driver::new(driver, volumes.clone()).bind()?)
+    let calls = metrics.volumes.clone();
+    let driver = Driver::new(driver, volumes.clone()).observed_by(move |call| calls.observe(call));
+    Ok(driver.bind()?)
 }

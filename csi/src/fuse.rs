@@ -8,7 +8,7 @@
 //!
 //! A [`FuseMount`] is a session: a thread of its own with a runtime of its own, which
 //! serves one mount until the last reader of an unmounted tree has closed its files.
-//! [`fs`] is the file system and knows no FUSE; [`adapter`] only translates. Root has
+//! `fs` is the file system and knows no FUSE; `adapter` only translates. Root has
 //! kernel mounts instead ([`crate::mount`]), which need no process to stay.
 //!
 //! # What always holds

@@ -9,6 +9,7 @@
 //! - [`mount`]: the edge of the world: showing a tree of the store at a path;
 //! - [`fuse`]: the same for who may not mount: a tree served through FUSE;
 //! - [`volume`]: publishing and taking away, by name, idempotent, recorded;
+//! - [`Call`]: what is told of each publish and unpublish when it has ended;
 //! - [`driver`]: the CSI services on their sockets, and the registration with the kubelet.
 //!
 //! What an image is and how it comes to the node is `carport-image`'s; when the driver

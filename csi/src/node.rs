@@ -243,7 +243,7 @@ fn publish_code(error: &PublishError) -> Code {
     match error {
         PublishError::Occupied { .. } => Code::FailedPrecondition,
         PublishError::Incompatible { .. } => Code::AlreadyExists,
-        PublishError::LayoutRefused(_) => Code::PermissionDenied,
+        PublishError::LayoutRefused { .. } => Code::PermissionDenied,
         PublishError::Pull(error) => pull_code(error),
         PublishError::StillPulling(_) => Code::DeadlineExceeded,
         // Uncertain: another call may have done, or may do, what is asked for.

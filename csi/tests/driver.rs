@@ -8,12 +8,13 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use carport_csi::driver::ServeError;
 use carport_csi::mount::KernelMounter;
-use carport_csi::{BindError, Driver, DriverConfig, Volumes};
+use carport_csi::volume::LayoutFolders;
+use carport_csi::{BindError, Call, Driver, DriverConfig, Volumes, code_name};
 use carport_proto::client::{ConnectError, connect};
 use carport_proto::csi::v1::identity_client::IdentityClient;
 use carport_proto::csi::v1::node_client::NodeClient;
@@ -45,6 +46,7 @@ struct Node {
     config: DriverConfig,
     shutdown: Option<oneshot::Sender<()>>,
     served: JoinHandle<Result<(), ServeError>>,
+    calls: Arc<Mutex<Vec<Call>>>,
 }
 
 fn config(world: &World) -> DriverConfig {
@@ -52,23 +54,34 @@ fn config(world: &World) -> DriverConfig {
 }
 
 fn volumes(world: &World) -> Volumes {
-    Volumes::new(world.puller.clone(), Arc::new(KernelMounter))
+    let layouts = LayoutFolders::new([world.folder.path()]);
+    Volumes::new(world.puller.clone(), Arc::new(KernelMounter), layouts)
 }
 
 impl Node {
     fn start(world: &World) -> Self {
         let config = config(world);
-        let bound = Driver::new(config.clone(), volumes(world)).bind().unwrap();
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&calls);
+        let driver = Driver::new(config.clone(), volumes(world))
+            .observed_by(move |call| heard.lock().unwrap().push(*call));
+        let bound = driver.bind().unwrap();
         let (shutdown, asked) = oneshot::channel();
         let served = tokio::spawn(bound.serve(async move {
             let _ = asked.await;
         }));
-        Self { config, shutdown: Some(shutdown), served }
+        Self { config, shutdown: Some(shutdown), served, calls }
     }
 
     async fn stop(mut self) {
         self.shutdown.take().unwrap().send(()).unwrap();
         self.served.await.unwrap().unwrap();
+    }
+
+    /// The publishes and unpublishes so far, and how they ended.
+    fn calls(&self) -> Vec<(&'static str, &'static str)> {
+        let calls = self.calls.lock().unwrap();
+        calls.iter().map(|call| (call.operation.name(), code_name(call.code))).collect()
     }
 
     async fn node(&self) -> NodeClient<tonic::transport::Channel> {
@@ -249,6 +262,20 @@ fn each_wrong_call_has_the_code_that_the_conformance_suite_expects() {
         assert_eq!(code(node.stats("csi-b", &text(&target)).await), Code::NotFound);
         node.unpublish("csi-a", &target).await.unwrap();
         assert!(!target.exists());
+
+        let elsewhere = request("csi-a", &target, "oci:/etc:v1");
+        let status = node.publish(elsewhere).await.unwrap_err();
+        assert_eq!(status.code(), Code::PermissionDenied);
+        let message = status.message();
+        assert!(message.contains("/etc") && message.contains("csi.layoutFolders"), "{message}");
+        assert!(!target.exists());
+
+        let (wrong, done) = ("INVALID_ARGUMENT", "OK");
+        let mut calls = vec![("publish", wrong); 4];
+        calls.extend([("unpublish", wrong); 2]);
+        calls.extend([("unpublish", done), ("publish", done), ("unpublish", done)]);
+        calls.push(("publish", "PERMISSION_DENIED"));
+        assert_eq!(node.calls(), calls);
         node.stop().await;
     });
 }

@@ -17,8 +17,8 @@
 //!
 //! Where bytes come from is [`crate::source`]; what a layer becomes, `layer`.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
@@ -32,18 +32,16 @@ use crate::reference::Reference;
 use crate::source::{PullSecret, SourceError, Sources};
 use crate::store::{Store, StoreError, StoredImage};
 
+mod board;
 mod fetch;
 mod flight;
 mod layers;
 mod meter;
 mod run;
 
+use board::{Board, Entry};
 use fetch::Fetcher;
 use flight::{Flight, Flights};
-use meter::Meter;
-
-/// Failed pulls that are remembered, so that somebody can ask why.
-const REMEMBERED_FAILURES: usize = 64;
 
 /// Limits of a [`Puller`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,7 +170,7 @@ pub enum PullState {
 pub struct Pulled {
     /// The image manifest.
     pub digest: Digest,
-    /// What the store has of it.
+    /// What the store has of it, its `references` left empty.
     pub image: StoredImage,
     /// Bytes of layers that came from the source for this pull.
     pub fetched_bytes: u64,
@@ -370,119 +368,6 @@ impl PullHandle {
     /// Lets the pull go on to its end without anybody waiting.
     pub fn detach(self) {
         self.flight.detach();
-    }
-}
-
-/// All pulls that can be seen from outside.
-struct Board {
-    entries: Mutex<Vec<Arc<Entry>>>,
-    changes: watch::Sender<u64>,
-}
-
-/// What is known of one pull.
-struct Entry {
-    reference: Reference,
-    started_at: SystemTime,
-    stage: Mutex<Stage>,
-    changes: watch::Sender<u64>,
-}
-
-struct Stage {
-    state: PullState,
-    digest: Option<Digest>,
-    total_bytes: u64,
-    /// Bytes of layers that were here before.
-    present_bytes: u64,
-    /// The layers on their way; another pull may be watching the same ones.
-    meters: Vec<Arc<Meter>>,
-}
-
-impl Default for Board {
-    fn default() -> Self {
-        Self { entries: Mutex::default(), changes: watch::Sender::new(0) }
-    }
-}
-
-impl Board {
-    /// A new entry, in place of earlier failures of the same reference.
-    fn enter(&self, reference: &Reference) -> Arc<Entry> {
-        let entry = Arc::new(Entry {
-            reference: reference.clone(),
-            started_at: SystemTime::now(),
-            stage: Mutex::new(Stage {
-                state: PullState::Resolving,
-                digest: None,
-                total_bytes: 0,
-                present_bytes: 0,
-                meters: Vec::new(),
-            }),
-            changes: self.changes.clone(),
-        });
-        {
-            let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-            entries.retain(|e| e.reference != *reference || !e.is_over());
-            entries.push(Arc::clone(&entry));
-        }
-        self.changes.send_modify(|n| *n += 1);
-        entry
-    }
-
-    fn leave(&self, entry: &Arc<Entry>, outcome: &Result<Pulled, PullError>) {
-        let state = match outcome {
-            Ok(_) => PullState::Done,
-            Err(error) => PullState::Failed { reason: error.reason(), message: error.to_string() },
-        };
-        {
-            let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-            // What is done the store tells; what nobody waited for has not failed.
-            if matches!(outcome, Ok(_) | Err(PullError::Cancelled(_))) {
-                entries.retain(|e| !Arc::ptr_eq(e, entry));
-            }
-            while entries.iter().filter(|e| e.is_over()).count() >= REMEMBERED_FAILURES {
-                let Some(oldest) = entries.iter().position(|e| e.is_over()) else { break };
-                entries.remove(oldest);
-            }
-        }
-        entry.set(|stage| stage.state = state);
-    }
-
-    fn list(&self) -> Vec<PullProgress> {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.iter().map(|entry| entry.progress()).collect()
-    }
-}
-
-impl Entry {
-    fn set(&self, change: impl FnOnce(&mut Stage)) {
-        change(&mut self.stage.lock().unwrap_or_else(PoisonError::into_inner));
-        self.changes.send_modify(|n| *n += 1);
-    }
-
-    fn is_over(&self) -> bool {
-        let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
-        matches!(stage.state, PullState::Done | PullState::Failed { .. })
-    }
-
-    fn progress(&self) -> PullProgress {
-        let stage = self.stage.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        let (mut done_bytes, mut fetched_bytes) = (stage.present_bytes, 0);
-        let mut bytes_per_second = 0.0;
-        for reading in stage.meters.iter().map(|meter| meter.read(now)) {
-            done_bytes += reading.fetched_bytes + reading.skipped_bytes;
-            fetched_bytes += reading.fetched_bytes;
-            bytes_per_second += reading.bytes_per_second;
-        }
-        PullProgress {
-            reference: self.reference.clone(),
-            digest: stage.digest,
-            state: stage.state.clone(),
-            done_bytes,
-            fetched_bytes,
-            total_bytes: stage.total_bytes,
-            started_at: self.started_at,
-            bytes_per_second,
-        }
     }
 }
 

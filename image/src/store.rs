@@ -235,6 +235,11 @@ impl Store {
         self.tree(digest).join("rootfs")
     }
 
+    /// As [`Store::image`], without a look at all references: for the path of a publish.
+    pub(crate) fn image_unnamed(&self, digest: &Digest) -> Result<Option<StoredImage>, StoreError> {
+        Ok(self.tree_record(digest)?.map(|tree| tree.into_image(Vec::new())))
+    }
+
     /// The image with this manifest digest, when it is complete.
     pub fn image(&self, digest: &Digest) -> Result<Option<StoredImage>, StoreError> {
         let Some(tree) = self.tree_record(digest)? else { return Ok(None) };

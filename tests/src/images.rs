@@ -1,4 +1,4 @@
-//! Images that a [`Scripted`](crate::scripted::Scripted) registry serves from memory: layers of
+//! Images that a [`Scripted`] registry serves from memory: layers of
 //! tars as no well-behaved program writes them, blobs that a gate lets pass, and counts of what
 //! was asked for.
 

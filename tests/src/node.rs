@@ -48,6 +48,8 @@ pub struct Setup {
     pub gpu_library: Option<PathBuf>,
     /// What is logged; `info` where nothing is said.
     pub log_level: Option<String>,
+    /// Folders in which a pod's image may be an OCI layout.
+    pub layout_folders: Vec<PathBuf>,
     /// The agent's configuration file.
     pub config: Option<String>,
     /// A shell script that prepares the mount namespace: `$ROOT` is the store's folder,
@@ -216,6 +218,9 @@ impl Node {
             .args(["--log-format", "json", "--csi-driver-name", DRIVER])
             .arg("--kubelet-dir")
             .arg(self.kubelet());
+        for folder in &self.setup.layout_folders {
+            agent.arg("--csi-layout-folders").arg(folder);
+        }
         if let Some(library) = &self.setup.gpu_library {
             agent.arg("--gpu-library").arg(library);
         }

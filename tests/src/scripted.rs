@@ -150,6 +150,14 @@ impl Answer {
         self
     }
 
+    /// Declares the whole body, and breaks off after `bytes` of it.
+    #[must_use]
+    pub fn cut(mut self, bytes: usize) -> Self {
+        self.length = Some(self.length.unwrap_or(self.body.len() as u64));
+        self.body.truncate(bytes);
+        self
+    }
+
     /// Sends the body as `gate` lets it pass; its first byte is the blob's at `offset`.
     #[must_use]
     pub fn through(mut self, gate: &Gate, offset: u64) -> Self {

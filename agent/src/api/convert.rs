@@ -110,10 +110,7 @@ pub fn model(
             answer.download_bytes = placement::remaining(pull);
             answer.pull = Some(pull_message(pull, pulls, &state.rates));
         }
-        if let PullState::Failed { message: why, .. } = &pull.state {
-            let code = "PULL_FAILED".to_string();
-            answer.last_error = Some(v1::Reason { code, message: why.clone() });
-        }
+        answer.last_error = pull_failure(&pull.state);
     }
     answer
 }
@@ -216,6 +213,12 @@ pub fn bandwidth(state: &NodeState, pulls: &[PullProgress]) -> v1::Bandwidth {
 /// What is wrong with the node.
 pub fn reasons(troubles: &[Trouble]) -> Vec<v1::Reason> {
     troubles.iter().map(|trouble| reason(trouble.code, &trouble.message)).collect()
+}
+
+/// Why a pull failed: `PULL_DENIED`, `PULL_NO_SPACE`, …
+pub fn pull_failure(state: &PullState) -> Option<v1::Reason> {
+    let PullState::Failed { reason: word, message } = state else { return None };
+    Some(reason(&format!("PULL_{}", word.to_ascii_uppercase()), message))
 }
 
 /// A reason of our own.

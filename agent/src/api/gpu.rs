@@ -96,7 +96,7 @@ fn gpu(gpu: &Gpu) -> v1::Gpu {
             temperature_celsius: gpu.telemetry.temperature_celsius,
             throttle_reasons: Vec::new(),
         }),
-        persistence_mode: gpu.persistence_mode.unwrap_or_default(),
+        persistence_mode: gpu.persistence_mode,
         ecc_enabled: gpu.ecc_enabled,
         processes: gpu
             .processes
@@ -200,7 +200,7 @@ fn gpu_from_wire(gpu: &v1::Gpu) -> Gpu {
             power_limit_watts: telemetry.power_limit_watts,
             temperature_celsius: telemetry.temperature_celsius,
         },
-        persistence_mode: Some(gpu.persistence_mode),
+        persistence_mode: gpu.persistence_mode,
         ecc_enabled: gpu.ecc_enabled,
         processes: Some(
             gpu.processes

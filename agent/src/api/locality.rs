@@ -191,11 +191,8 @@ impl Api {
                 (Some(reference), _) => reference.to_string(),
                 (None, digest) => digest.map(|digest| digest.to_string()).unwrap_or_default(),
             };
-            match model.pull.map(|pull| &pull.state) {
-                Some(carport_image::pull::PullState::Failed { message: why, .. }) => {
-                    reasons.push(reason("PULL_FAILED", why));
-                }
-                Some(_) => {}
+            match model.pull {
+                Some(pull) => reasons.extend(convert::pull_failure(&pull.state)),
                 None => {
                     let message = format!("{name}: this node has not met it; prefetch it");
                     reasons.push(reason("MODEL_UNKNOWN", &message));

@@ -115,7 +115,12 @@ fn invalid(path: &Path, field: &str, error: &serde_saphyr::Error) -> ConfigError
     // Without the snippet: a log line is one line, and the place is named already.
     let formatter = serde_saphyr::UserMessageFormatter;
     let message = error.without_snippet().render_with_formatter(&formatter);
-    let message = message.lines().next().unwrap_or_default().to_string();
+    let mut message = message.lines().next().unwrap_or_default().to_string();
+    // Errors in lists end in their place, which is named already.
+    if let Some(at) = error.location() {
+        let tail = format!(" at line {}, column {}", at.line(), at.column());
+        message.truncate(message.strip_suffix(&tail).unwrap_or(&message).len());
+    }
     let field = match field {
         "" | "." | "?" => String::new(),
         field => format!("{field}: "),

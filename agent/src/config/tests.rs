@@ -37,6 +37,11 @@ fn a_wrong_value_names_line_field_and_what_to_write() {
         ("pull: {windowBytes: 1KiB}\n", "/etc/c.yaml:1:21: pull.windowBytes: ", "from 16MiB"),
         ("log: {level: 'a=b=c'}\n", "/etc/c.yaml:1:14: log.level: ", "error, warn, info"),
         ("log: {format: xml}\n", "/etc/c.yaml:1:15: log.format: ", "json"),
+        (
+            "csi: {layoutFolders: [/a, srv/models]}\n",
+            "/etc/c.yaml:1:22: csi.layoutFolders",
+            "write it from /",
+        ),
         ("csi: {driverName: Carport}\n", "/etc/c.yaml:1:19: csi.driverName: ", "csi.carport.dev"),
         (
             "registries: {plainHttp: ['http://a']}\n",
@@ -49,6 +54,7 @@ fn a_wrong_value_names_line_field_and_what_to_write() {
         assert!(error.starts_with(start), "{error}");
         assert!(error.contains(hint), "{error}");
         assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(!error.contains(" at line"), "{error}");
     }
 }
 
@@ -72,11 +78,19 @@ fn a_socket_path_that_the_kernel_would_refuse_is_refused_first() {
 }
 
 #[test]
-fn connections_must_suffice_for_one_layer() {
+fn connections_must_suffice_for_one_layer_and_be_more_than_layers() {
     let mut config = Config::default();
     config.registries.connections = 2;
     let error = config.check().unwrap_err().to_string();
     assert!(error.contains("registries.connections: 2 is less than"), "{error}");
+    config.registries.connections = 8;
+    config.pull.concurrent_layers = 8;
+    let error = config.check().unwrap_err().to_string();
+    let start =
+        "configuration: registries.connections: 8 is not more than pull.concurrentLayers (8)";
+    assert!(error.starts_with(start), "{error}");
+    config.registries.connections = 9;
+    config.check().unwrap();
 }
 
 #[test]

@@ -131,11 +131,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
 ///
 /// # Errors
 ///
-/// When `tracing` cannot read them.
+/// When `tracing` cannot read them. A word alone must be a level: `tracing` takes any other for
+/// the name of a target, and then a slip of the hand would silence all the rest.
 pub fn parse_log_level(text: &str) -> Result<String, String> {
-    let parsed = tracing_subscriber::EnvFilter::builder().parse(text);
-    match parsed {
-        Ok(_) if !text.trim().is_empty() => Ok(text.to_string()),
+    let is_level =
+        |word: &str| word.trim().parse::<tracing_subscriber::filter::LevelFilter>().is_ok();
+    let sound = text.split(',').all(|part| part.contains(['=', '[']) || is_level(part));
+    match tracing_subscriber::EnvFilter::builder().parse(text) {
+        Ok(_) if sound => Ok(text.to_string()),
         _ => Err(format!(
             "{text:?} is no log level; write error, warn, info, debug or trace, or directives \
              such as info,carport_image=debug"
@@ -175,6 +178,16 @@ where
     parse(&text).map_err(D::Error::custom)
 }
 
+/// As [`parsed`], for a list.
+fn each<'de, D, T, E>(from: D, parse: impl Fn(&str) -> Result<T, E>) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    E: Display,
+{
+    let texts = Vec::<String>::deserialize(from)?;
+    texts.iter().map(|text| parse(text).map_err(D::Error::custom)).collect()
+}
+
 pub(super) fn node_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     parsed(from, parse_node_name)
 }
@@ -194,6 +207,10 @@ pub(super) fn optional_absolute<'de, D: Deserializer<'de>>(
     text.map(|text| parse_absolute(&text).map_err(D::Error::custom)).transpose()
 }
 
+pub(super) fn absolutes<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<PathBuf>, D::Error> {
+    each(from, parse_absolute)
+}
+
 pub(super) fn socket_path<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
     parsed(from, parse_socket_path)
 }
@@ -211,8 +228,7 @@ pub(super) fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<String, D:
 }
 
 pub(super) fn hosts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
-    let hosts = Vec::<String>::deserialize(from)?;
-    hosts.iter().map(|host| parse_host(host).map_err(D::Error::custom)).collect()
+    each(from, parse_host)
 }
 
 pub(super) fn window<'de, D: Deserializer<'de>>(from: D) -> Result<ByteSize, D::Error> {

@@ -104,7 +104,7 @@ async fn a_failed_pull_is_told_with_its_reason() {
     };
     let listed = until(&mut locality, failed).await;
     let error = listed.models[0].last_error.as_ref().unwrap();
-    assert_eq!(error.code, "PULL_FAILED");
+    assert_eq!(error.code, "PULL_NOT_FOUND");
     assert!(error.message.contains("absent"), "{}", error.message);
     stop(agent).await;
 }
@@ -276,7 +276,10 @@ async fn a_published_volume_is_counted_with_its_pod_and_keeps_its_image() {
     let kubelet = home.path("kubelet");
     let volume = kubelet.join("pods/1234/volumes/kubernetes.io~csi/model");
     std::fs::create_dir_all(&volume).unwrap();
-    let agent = home.agent_alone(&["--csi", "true", "--kubelet-dir", kubelet.to_str().unwrap()]);
+    let images = home.path("images");
+    let mut arguments = vec!["--csi", "true", "--kubelet-dir", kubelet.to_str().unwrap()];
+    arguments.extend(["--csi-layout-folders", images.to_str().unwrap()]);
+    let agent = home.agent_alone(&arguments);
     let driver = connect(&kubelet.join("plugins/csi.carport.dev/csi.sock")).await.unwrap();
     let mut node = NodeClient::new(driver);
     let mut locality = LocalityServiceClient::new(channel(&home).await);
@@ -284,6 +287,7 @@ async fn a_published_volume_is_counted_with_its_pod_and_keeps_its_image() {
     let target = volume.join("mount");
     node.node_publish_volume(publish(&reference, &target)).await.unwrap();
     let listed = until(&mut locality, |m| m.len() == 1 && m[0].mount_count == 1).await;
+    let digest = listed.models[0].model.as_ref().unwrap().digest.clone();
     assert!(listed.models[0].pods.is_empty(), "pods only when they are asked for");
     assert!(listed.models[0].last_use_time.is_some());
     let question = v1::ListModelsRequest {
@@ -306,5 +310,25 @@ async fn a_published_volume_is_counted_with_its_pod_and_keeps_its_image() {
     until(&mut locality, |m| m.len() == 1 && m[0].mount_count == 0).await;
     home.json(&["rm", &reference]);
     until(&mut locality, <[_]>::is_empty).await;
+
+    let elsewhere = format!("oci:{}:v1", home.path("elsewhere").display());
+    let refused = node.node_publish_volume(publish(&elsewhere, &target)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused:?}");
+    assert!(!target.exists());
+    let line = agent.event("publish volume");
+    assert_eq!((&line["result"], &line["pod"]), (&"OK".into(), &"models/server-0".into()));
+    assert_eq!(line["digest"], digest.as_str());
+    let line = agent.event("unpublish volume");
+    assert_eq!((&line["result"], &line["pod"]), (&"OK".into(), &"models/server-0".into()));
+    assert_eq!((&line["volume"], &line["digest"]), (&"csi-1".into(), &digest.as_str().into()));
+    let line = agent.event("publish volume");
+    assert_eq!((&line["level"], &line["result"]), (&"WARN".into(), &"PERMISSION_DENIED".into()));
+    assert!(line["why"].as_str().unwrap().contains("csi.layoutFolders"), "{line}");
+    let count = |operation, code| {
+        let labels = format!("{{operation=\"{operation}\",code=\"{code}\"}}");
+        agent.metric(&format!("carport_volume_calls_total{labels}")).unwrap()
+    };
+    assert_eq!((count("publish", "OK"), count("unpublish", "OK")), (1.0, 1.0));
+    assert_eq!(count("publish", "PERMISSION_DENIED"), 1.0);
     stop(agent).await;
 }

@@ -59,7 +59,7 @@ fn each_error_has_the_code_that_the_kubelet_must_act_on() {
             PublishError::Incompatible { target: text(), volume: text(), image: text() },
             Code::AlreadyExists,
         ),
-        (PublishError::LayoutRefused(text()), Code::PermissionDenied),
+        (PublishError::LayoutRefused { folder: text(), why: "why" }, Code::PermissionDenied),
         (PublishError::Mount(MountError::TreeGone("/tree".into())), Code::Unavailable),
         (
             PublishError::Mount(MountError::NotInImage { path: text(), why: "is not there" }),
@@ -110,7 +110,7 @@ fn publish_request() -> NodePublishVolumeRequest {
 }
 
 fn parse(request: &NodePublishVolumeRequest) -> Result<PublishRequest, Status> {
-    parse_publish(request, tokio::time::Instant::now() + Duration::from_secs(1))
+    parse_publish(request, Instant::now() + Duration::from_secs(1))
 }
 
 #[test]

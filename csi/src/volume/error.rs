@@ -34,11 +34,13 @@ pub enum PublishError {
         image: String,
     },
     /// The image is an OCI layout in a folder that volumes may not take images from.
-    #[error(
-        "volume attribute image: the folder {0} is in none that csi.layoutFolders of the agent's \
-         configuration allows; name an image of a registry, or have it allowed"
-    )]
-    LayoutRefused(String),
+    #[error("volume attribute image: the folder {folder} {why}")]
+    LayoutRefused {
+        /// The layout's folder.
+        folder: String,
+        /// What is wrong with it, and what to do.
+        why: &'static str,
+    },
     /// The image did not come.
     #[error(transparent)]
     Pull(PullError),

@@ -25,10 +25,16 @@ impl LayoutFolders {
     /// Refuses an image that is a layout anywhere else. Registries are not looked at.
     pub(super) fn check(&self, image: &Reference) -> Result<(), PublishError> {
         let Reference::Layout(layout) = image else { return Ok(()) };
-        if is_plain_absolute(layout.path()) && self.0.iter().any(|f| layout.path().starts_with(f)) {
+        let path = layout.path();
+        let why = if !is_plain_absolute(path) {
+            "must be written from / and without `..`"
+        } else if !self.0.iter().any(|folder| path.starts_with(folder)) {
+            "lies in none of csi.layoutFolders of the agent's configuration; name an image in a \
+             registry, or have an administrator add the folder"
+        } else {
             return Ok(());
-        }
-        Err(PublishError::LayoutRefused(layout.path().display().to_string()))
+        };
+        Err(PublishError::LayoutRefused { folder: path.display().to_string(), why })
     }
 }
 
@@ -75,11 +81,19 @@ mod tests {
 
     #[test]
     fn the_refusal_names_the_folder_and_the_setting() {
-        let error = LayoutFolders::default().check(&"oci:/srv/models/a:v1".parse().unwrap());
+        let why = |image: &str| {
+            let error = LayoutFolders::default().check(&image.parse().unwrap()).unwrap_err();
+            error.to_string()
+        };
         assert_eq!(
-            error.unwrap_err().to_string(),
-            "volume attribute image: the folder /srv/models/a is in none that csi.layoutFolders of \
-             the agent's configuration allows; name an image of a registry, or have it allowed"
+            why("oci:/srv/models/a:v1"),
+            "volume attribute image: the folder /srv/models/a lies in none of csi.layoutFolders of \
+             the agent's configuration; name an image in a registry, or have an administrator add \
+             the folder"
+        );
+        assert_eq!(
+            why("oci:../a:v1"),
+            "volume attribute image: the folder ../a must be written from / and without `..`"
         );
     }
 }

@@ -26,7 +26,8 @@ impl Bench {
     fn new(registry: Option<&GatedRegistry>) -> Self {
         let world = World::new(registry);
         let mounter = Arc::new(FakeMounter::default());
-        let volumes = Volumes::new(world.puller.clone(), mounter.clone());
+        let layouts = LayoutFolders::new([world.folder.path()]);
+        let volumes = Volumes::new(world.puller.clone(), mounter.clone(), layouts);
         Self { world, mounter, volumes }
     }
 
@@ -58,7 +59,14 @@ impl Bench {
 
     async fn unpublish(&self, id: &str, target: &Path) -> Result<(), UnpublishError> {
         let deadline = Instant::now() + Duration::from_secs(60);
-        self.volumes.unpublish(&volume_id(id), &target_path(target), deadline).await
+        let taken = self.volumes.unpublish(&volume_id(id), &target_path(target), deadline).await;
+        taken.map(drop)
+    }
+
+    /// As after a restart whose configuration allows no layouts.
+    fn without_layouts(&self) -> Volumes {
+        let puller = self.world.puller.clone();
+        Volumes::new(puller, self.mounter.clone(), LayoutFolders::default())
     }
 
     async fn condition(&self, id: &str, target: &Path) -> Condition {
@@ -275,6 +283,43 @@ async fn a_final_pull_error_cleans_what_a_crash_left() {
 }
 
 #[tokio::test]
+async fn a_layout_elsewhere_is_refused_stored_or_not_and_leaves_nothing() {
+    let (bench, image) = Bench::with_image().await;
+    let target = bench.world.target("a");
+    let volumes = bench.without_layouts();
+    let publish = async || {
+        let request = request("csi-a", &target, &[("image", &image)], Duration::from_secs(60));
+        volumes.publish(request).await
+    };
+    let error = publish().await.unwrap_err();
+    assert!(matches!(error, PublishError::LayoutRefused { .. }), "{error:?}");
+    assert_eq!(bench.world.store.images().unwrap(), []);
+    bench.assert_nothing_left(&target);
+
+    bench.publish("csi-a", &target, &image).await.unwrap();
+    // In place: nothing is read any more.
+    assert!(publish().await.unwrap().already);
+    // After a reboot it would have to be mounted anew.
+    bench.mounter.unmount(&target).unwrap();
+    let error = publish().await.unwrap_err();
+    assert!(matches!(error, PublishError::LayoutRefused { .. }), "{error:?}");
+    bench.assert_nothing_left(&target);
+}
+
+#[tokio::test]
+async fn an_unpublish_says_what_it_took_away() {
+    let (bench, image) = Bench::with_image().await;
+    let target = bench.world.target("a");
+    let request = request("csi-a", &target, &[("image", &image)], Duration::from_secs(60));
+    let digest = bench.volumes.publish(request).await.unwrap().digest;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let (id, place) = (volume_id("csi-a"), target_path(&target));
+    let taken = bench.volumes.unpublish(&id, &place, deadline).await.unwrap().unwrap();
+    assert_eq!((taken.digest, taken.volume_id), (digest, id.clone()));
+    assert_eq!(bench.volumes.unpublish(&id, &place, deadline).await.unwrap(), None);
+}
+
+#[tokio::test]
 async fn an_image_stays_while_a_volume_shows_it() {
     let (bench, image) = Bench::with_image().await;
     let target = bench.world.target("a");
@@ -364,7 +409,7 @@ async fn a_start_finds_out_what_became_of_the_volumes() {
     fs::remove_dir_all(bench.world.pods.join("gone")).unwrap();
     bench.mounter.kill(&target("dead"));
 
-    let again = Volumes::new(bench.world.puller.clone(), bench.mounter.clone());
+    let again = bench.without_layouts();
     let found = again.reconcile(&bench.world.pods).await.unwrap();
     let expected = Reconciled { mounted: 1, waiting: 1, dead: 1, dropped: 1, unknown: 1 };
     assert_eq!(found, expected);

@@ -8,9 +8,10 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use tokio_util::sync::CancellationToken;
 
+use super::board::Entry;
 use super::fetch::retry;
 use super::layers::{LayerDone, LayerFlight};
-use super::{Entry, Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
+use super::{Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
 use crate::digest::Digest;
 use crate::manifest::{Blob, ImageManifest, Layer, Manifest, diff_ids};
 use crate::source::{ManifestName, RawManifest, Source, SourceError};
@@ -107,7 +108,7 @@ impl Inner {
             stage.state = PullState::Pulling;
         });
         let mut cost = None;
-        if self.disk(move |store| store.image(&digest)).await?.is_none() {
+        if self.disk(move |store| store.image_unnamed(&digest)).await?.is_none() {
             cost = Some(self.bring_image(&source, &found, entry).await?);
         }
         self.disk(move |store| store.put_reference(&record)).await?;
@@ -121,7 +122,7 @@ impl Inner {
     }
 
     async fn present(&self, digest: Digest) -> Result<Pulled, PullError> {
-        let image = self.disk(move |store| store.image(&digest)).await?;
+        let image = self.disk(move |store| store.image_unnamed(&digest)).await?;
         let image = image.ok_or_else(|| {
             PullError::NotStored(format!(
                 "image {digest} was removed at this moment: pull it again"

@@ -226,8 +226,28 @@ fn detail_of(body: &[u8]) -> Option<String> {
     if texts.is_empty() { None } else { Some(clean(&texts.join("; "))) }
 }
 
+/// Debugging proxies repeat the header that they were sent: what follows its scheme is cut out
+/// where it looks like a credential and not like a word.
+fn without_credentials(text: &str) -> String {
+    let mut after_scheme = false;
+    let words = text.split(' ').map(|word| {
+        let is_mixed = word.contains(|c: char| c.is_ascii_digit() || c.is_ascii_uppercase());
+        let hidden = after_scheme && is_mixed && word.len() >= 4;
+        let bare = word.trim_matches(|c: char| !c.is_ascii_alphanumeric());
+        after_scheme = ["basic", "bearer"].iter().any(|scheme| {
+            bare.len() >= scheme.len()
+                && bare
+                    .get(bare.len() - scheme.len()..)
+                    .is_some_and(|w| w.eq_ignore_ascii_case(scheme))
+        });
+        if hidden { "…" } else { word }
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
 /// What a peer says, fit for one line of a log.
 fn clean(text: &str) -> String {
+    let text = without_credentials(text);
     let mut clean: String = text
         .chars()
         .map(|c| if c.is_control() { ' ' } else { c })
@@ -261,6 +281,16 @@ mod tests {
             retry_after.map(Duration::from_secs),
             None,
         )
+    }
+
+    #[test]
+    fn a_credential_that_is_repeated_is_cut_out() {
+        assert_eq!(
+            clean("got Authorization: Basic dTpodW50ZXIy from you"),
+            "got Authorization: Basic … from you"
+        );
+        assert_eq!(clean("\"bearer eyJhbGciOi.x\""), "\"bearer …");
+        assert_eq!(clean("Bearer authentication required"), "Bearer authentication required");
     }
 
     #[test]
