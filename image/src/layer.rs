@@ -5,6 +5,10 @@
 //! chunks ─► SHA-256 (digest) ─► decompress ─► SHA-256 (diff_id) ─► tar ─► BLAKE3, disk
 //! ```
 //!
+//! A raw layer is one file and goes past the tar reader; its record has one entry without a path,
+//! since its name is the manifest's to give. Artifacts need not say a diff_id: the digest of the
+//! blob then answers for all that comes out of it.
+//!
 //! Chunks of the blob come in, in order; files land in the layer's [`Ingest`]
 //! folder, and are named only after both digests match. Two threads, because
 //! hashing the blob and unpacking it cost about the same.
@@ -31,9 +35,10 @@ use crate::manifest::{Compression, Layer};
 use crate::store::{Ingest, LayerRecord, StoreError};
 
 mod file;
-mod tar;
+pub(crate) mod tar;
 mod unpack;
 
+pub(crate) use tar::clean_path;
 use unpack::{Progress, Unpacker};
 
 /// Bytes between two checkpoints: what a crash costs at most, beside what is on the wire. Each
@@ -89,7 +94,7 @@ pub(crate) struct Done {
 pub(crate) struct Resumed {
     ingest: Ingest,
     layer: Layer,
-    diff_id: Digest,
+    diff_id: Option<Digest>,
     blob_hash: Sha256,
     unpacker: Unpacker,
     offset: u64,
@@ -107,11 +112,15 @@ struct Checkpoint<P> {
 
 impl Resumed {
     /// Picks up what an earlier pull left in `ingest`, or begins at 0. Blocks on the disk.
-    pub(crate) fn open(ingest: Ingest, layer: Layer, diff_id: Digest) -> Result<Self, StoreError> {
+    pub(crate) fn open(
+        ingest: Ingest,
+        layer: Layer,
+        diff_id: Option<Digest>,
+    ) -> Result<Self, StoreError> {
         if layer.compression == Compression::None
             && let Some(checkpoint) = ingest.checkpoint::<Checkpoint<Progress>>()
         {
-            match Self::pick_up(&ingest, checkpoint) {
+            match Self::pick_up(&ingest, &layer, checkpoint) {
                 Ok((blob_hash, unpacker, offset)) => {
                     return Ok(Self { ingest, layer, diff_id, blob_hash, unpacker, offset });
                 }
@@ -126,20 +135,21 @@ impl Resumed {
             layer,
             diff_id,
             blob_hash: Sha256::new(),
-            unpacker: Unpacker::new(),
+            unpacker: Unpacker::new(&layer),
             offset: 0,
         })
     }
 
     fn pick_up(
         ingest: &Ingest,
+        layer: &Layer,
         checkpoint: Checkpoint<Progress>,
     ) -> io::Result<(Sha256, Unpacker, u64)> {
         let state = hex::decode(&checkpoint.sha256).map_err(io::Error::other)?;
         let state =
             SerializedState::<Sha256>::try_from(state.as_slice()).map_err(io::Error::other)?;
         let hash = Sha256::deserialize(&state).map_err(io::Error::other)?;
-        let unpacker = Unpacker::resume(checkpoint.progress, ingest)?;
+        let unpacker = Unpacker::resume(checkpoint.progress, layer, ingest)?;
         if unpacker.offset() != checkpoint.offset {
             return Err(io::Error::other("the checkpoint contradicts itself"));
         }
@@ -193,7 +203,9 @@ impl Resumed {
                 return Err(e);
             }
         };
-        if let Some(found) = found_diff_id
+        // Uncompressed bytes are their own content.
+        let found = found_diff_id.unwrap_or(layer.blob.digest);
+        if let Some(diff_id) = diff_id
             && found != diff_id
         {
             ingest.discard()?;
@@ -205,10 +217,10 @@ impl Resumed {
         let record = LayerRecord {
             digest: layer.blob.digest,
             size_bytes: size,
-            diff_id,
+            diff_id: found,
             entries: unpacked.entries,
         };
-        ingest.commit(record, unpacked.staged)?;
+        ingest.commit(layer.record_name(), record, unpacked.staged)?;
         Ok(Done { written_bytes: unpacked.written_bytes })
     }
 }
@@ -299,11 +311,11 @@ enum Decoder<'a> {
     Zstd(zstd::stream::write::Decoder<'static, Body<'a>>),
 }
 
-/// The tar: what comes out of the decoder.
+/// What comes out of the decoder.
 struct Body<'a> {
     ingest: &'a Ingest,
     unpacker: Unpacker,
-    /// Over the tar; absent where blob and tar are the same bytes.
+    /// Over what comes out; absent where the blob is the same bytes.
     hash: Option<Sha256>,
     /// `Write` can only fail with an `io::Error`; the reason waits here.
     error: Option<LayerError>,
@@ -378,7 +390,7 @@ impl<'a> Unpacking<'a> {
         Err(LayerError::Stopped(0))
     }
 
-    /// Bytes of the tar taken so far.
+    /// Uncompressed bytes taken so far.
     fn offset(&self) -> u64 {
         match &self.decoder {
             Decoder::None(body) => body.unpacker.offset(),

@@ -33,7 +33,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::digest::Digest;
 use crate::manifest::Platform;
-use crate::reference::Reference;
+use crate::reference::{LayoutForm, Reference};
 use crate::source::{PullSecret, SourceError, Sources};
 
 mod document;
@@ -163,6 +163,12 @@ pub async fn pack(
     let plan = Arc::new(blocking(move || plan::scan(&root)).await?);
     let annotations = annotations(folder, options.title.clone());
     match destination {
+        Reference::Layout(reference) if reference.form() != LayoutForm::Folder => {
+            Err(PackError::Destination {
+                destination: destination.to_string(),
+                why: "an archive cannot be packed into; pack into a folder, oci:/folder:tag".into(),
+            })
+        }
         Reference::Layout(reference) => {
             let (path, tag) = (reference.path().to_owned(), destination.tag().map(str::to_owned));
             let stopped = stop.0.clone();

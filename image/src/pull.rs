@@ -32,6 +32,7 @@ use crate::reference::Reference;
 use crate::source::{PullSecret, SourceError, Sources};
 use crate::store::{Store, StoreError, StoredImage};
 
+mod access;
 mod board;
 mod fetch;
 mod flight;
@@ -39,6 +40,7 @@ mod layers;
 mod meter;
 mod run;
 
+pub use access::{AccessCheck, RegistryAway};
 use board::{Board, Entry};
 use fetch::Fetcher;
 use flight::{Flight, Flights};
@@ -78,16 +80,21 @@ pub struct PullRequest {
     pub policy: PullPolicy,
     /// Which image of an index.
     pub platform: Platform,
+    /// Whether an image that is here is given only to who may have it of its registry.
+    /// Absent: to everybody.
+    pub access: Option<AccessCheck>,
 }
 
 impl PullRequest {
-    /// The image for this machine, when it is not here yet, without credentials of its own.
+    /// The image for this machine, when it is not here yet, without credentials of its own,
+    /// asked for by somebody who may have any image.
     pub fn new(reference: Reference) -> Self {
         Self {
             reference,
             secret: PullSecret::none(),
             policy: PullPolicy::default(),
             platform: Platform::default(),
+            access: None,
         }
     }
 }
@@ -249,6 +256,8 @@ struct Inner {
     layers: layers::LayerFlights,
     layer_slots: Arc<Semaphore>,
     board: Board,
+    /// One grant is noted at a time: each adds to what the record says.
+    grants: tokio::sync::Mutex<()>,
     /// Joins what runs on blocking threads at shutdown.
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -261,6 +270,7 @@ struct ImageKey {
     platform: Platform,
     policy: PullPolicy,
     secret: PullSecret,
+    access: Option<AccessCheck>,
 }
 
 impl Puller {
@@ -279,6 +289,7 @@ impl Puller {
                 layers: Flights::default(),
                 layer_slots: Arc::new(Semaphore::new(slots)),
                 board: Board::default(),
+                grants: tokio::sync::Mutex::default(),
                 tasks: TaskTracker::new(),
                 stop: CancellationToken::new(),
             }),
@@ -297,6 +308,7 @@ impl Puller {
             platform: request.platform.clone(),
             policy: request.policy,
             secret: request.secret.clone(),
+            access: request.access,
         };
         let inner = Arc::clone(&self.inner);
         let flight = self.inner.images.join(&key, |stop| {

@@ -8,6 +8,8 @@
 //! repository[:tag][@sha256:…]                 docker.io's, as docker reads it
 //! oci://host/repository[:tag][@sha256:…]      a registry's, as KServe's storageUri writes it
 //! oci:PATH[:TAG][@sha256:…]                   an OCI layout folder
+//! oci-archive:PATH[:TAG][@sha256:…]           a tar of one
+//! docker-archive:PATH[:NAME:TAG][@sha256:…]   what `docker save` writes
 //! ```
 //!
 //! `Display` is the canonical form: it parses back to the same value, and two
@@ -31,13 +33,13 @@ use crate::source::ManifestName;
 /// of 128 and a digest of 71 characters fit; so does a path of PATH_MAX.
 const MAX_TEXT_BYTES: usize = 4096 + 256;
 
-/// An image by name: in a registry, or in a folder.
+/// An image by name: in a registry, or in a folder or file.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Reference {
     /// An image in a registry.
     Registry(RegistryReference),
-    /// An image in an OCI layout folder.
+    /// An image in an OCI layout folder or an archive.
     Layout(LayoutReference),
 }
 
@@ -50,9 +52,33 @@ pub struct RegistryReference {
     digest: Option<Digest>,
 }
 
-/// An image in an OCI layout folder.
+/// What a layout lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LayoutForm {
+    /// An OCI layout folder, `oci:`.
+    Folder,
+    /// A tar of one, `oci-archive:`.
+    OciArchive,
+    /// A tar as `docker save` writes it, `docker-archive:`.
+    DockerArchive,
+}
+
+impl LayoutForm {
+    const ALL: [Self; 3] = [Self::Folder, Self::OciArchive, Self::DockerArchive];
+
+    fn scheme(self) -> &'static str {
+        match self {
+            Self::Folder => "oci",
+            Self::OciArchive => "oci-archive",
+            Self::DockerArchive => "docker-archive",
+        }
+    }
+}
+
+/// An image in an OCI layout folder, or in an archive.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LayoutReference {
+    form: LayoutForm,
     path: PathBuf,
     tag: Option<String>,
     digest: Option<Digest>,
@@ -131,7 +157,12 @@ impl RegistryReference {
 }
 
 impl LayoutReference {
-    /// The layout's folder, as written: maybe relative to the working directory.
+    /// What lies at the path.
+    pub fn form(&self) -> LayoutForm {
+        self.form
+    }
+
+    /// The layout's folder or file, as written: maybe relative to the working directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -159,8 +190,8 @@ impl FromStr for Reference {
                 return Err(fail("a layout folder is written oci:/folder:tag, with one slash"));
             }
             parse_registry(rest).map(Self::Registry).map_err(|why| fail(&why))
-        } else if let Some(rest) = text.strip_prefix("oci:") {
-            parse_layout(rest).map(Self::Layout).map_err(|why| fail(&why))
+        } else if let Some((form, rest)) = layout_form(text) {
+            parse_layout(form, rest).map(Self::Layout).map_err(|why| fail(&why))
         } else if let Some((scheme, _)) = text.split_once("://") {
             Err(fail(&format!("leave out {scheme}://; write host/repository:tag")))
         } else if text.starts_with(['/', '.']) {
@@ -219,8 +250,14 @@ fn parse_registry(text: &str) -> Result<RegistryReference, String> {
     })
 }
 
-/// Reads what stands behind `oci:`. As for skopeo, the first `:` ends the path.
-fn parse_layout(text: &str) -> Result<LayoutReference, String> {
+fn layout_form(text: &str) -> Option<(LayoutForm, &str)> {
+    let (scheme, rest) = text.split_once(':')?;
+    let form = LayoutForm::ALL.into_iter().find(|form| form.scheme() == scheme)?;
+    Some((form, rest))
+}
+
+/// Reads what stands behind `oci:` and its like. As for skopeo, the first `:` ends the path.
+fn parse_layout(form: LayoutForm, text: &str) -> Result<LayoutReference, String> {
     // `@` may stand in a path; `@algorithm:hex` at the end is a digest.
     let (text, digest) = match text.rsplit_once('@') {
         Some((rest, digest)) if digest.contains(':') && !digest.contains('/') => {
@@ -234,12 +271,35 @@ fn parse_layout(text: &str) -> Result<LayoutReference, String> {
         None => (text, None),
     };
     if path.is_empty() {
-        return Err("the folder is missing; write oci:/folder:tag".into());
+        return Err(match form {
+            LayoutForm::Folder => "the folder is missing; write oci:/folder:tag".into(),
+            _ => format!("the file is missing; write {}:/file.tar:tag", form.scheme()),
+        });
     }
-    if let Some(tag) = tag {
-        check_layout_tag(tag)?;
+    let tag = match (tag, form) {
+        (None, _) => None,
+        (Some(tag), LayoutForm::DockerArchive) => Some(clean_docker_tag(tag)?),
+        (Some(tag), _) => {
+            check_layout_tag(tag)?;
+            Some(tag.to_owned())
+        }
+    };
+    let path = normal_path(Path::new(path));
+    // Without the slash that it may have had, `a@b:tag` would read as a digest.
+    let name = path.file_name().map(|name| name.to_string_lossy());
+    if tag.is_some() && digest.is_none() && name.is_some_and(|name| name.contains('@')) {
+        return Err("a name with @ before a tag would read as a digest; rename it".into());
     }
-    Ok(LayoutReference { path: normal_path(Path::new(path)), tag: tag.map(str::to_owned), digest })
+    Ok(LayoutReference { form, path, tag, digest })
+}
+
+/// `busybox` → `docker.io/library/busybox:latest`: what images are tagged with in an archive.
+pub(crate) fn clean_docker_tag(text: &str) -> Result<String, String> {
+    let reference = parse_registry(text)?;
+    if reference.digest.is_some() {
+        return Err(format!("{text:?} holds a digest; write docker-archive:/file.tar:name:tag"));
+    }
+    Ok(reference.to_string())
 }
 
 /// The grammar of `org.opencontainers.image.ref.name`, without `@`, which starts a digest here.
@@ -285,7 +345,7 @@ impl fmt::Display for RegistryReference {
 
 impl fmt::Display for LayoutReference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "oci:{}", self.path.display())?;
+        write!(f, "{}:{}", self.form.scheme(), self.path.display())?;
         write_name(f, self.tag.as_deref(), self.digest)
     }
 }
@@ -383,6 +443,36 @@ mod tests {
     }
 
     #[test]
+    fn an_archive_is_a_file_and_maybe_a_tag() {
+        for (text, expected) in [
+            ("oci-archive:/models/llama.tar:v1", "oci-archive:/models/llama.tar:v1"),
+            ("oci-archive:./llama.tar", "oci-archive:llama.tar"),
+            ("docker-archive:/m.tar", "docker-archive:/m.tar"),
+            (
+                "docker-archive:/m.tar:team/model",
+                "docker-archive:/m.tar:docker.io/team/model:latest",
+            ),
+            ("docker-archive:/m.tar:Quay.io/a:v1", "docker-archive:/m.tar:quay.io/a:v1"),
+        ] {
+            assert_eq!(canonical(text), expected, "{text}");
+            let reference: Reference = expected.parse().unwrap();
+            assert_eq!(reference.registry(), None);
+        }
+        let tagged: Reference = "docker-archive:/m.tar:busybox".parse().unwrap();
+        let tag = "docker.io/library/busybox:latest".to_owned();
+        assert_eq!(tagged.name(), ManifestName::Tag(tag));
+        let Reference::Layout(layout) = &tagged else { panic!("{tagged:?}") };
+        assert_eq!(
+            (layout.form(), layout.path()),
+            (LayoutForm::DockerArchive, Path::new("/m.tar"))
+        );
+        assert_eq!(why("oci-archive::v1"), "the file is missing; write oci-archive:/file.tar:tag");
+        assert_eq!(why("docker-archive:/m.tar:Team/a"), "a repository is lower case");
+        // As containers' tools write it for the n-th image.
+        assert!(why("docker-archive:/m.tar:@1").contains("digest"));
+    }
+
+    #[test]
     fn a_relative_layout_can_be_made_absolute() {
         let reference: Reference = "oci:./out:v1".parse().unwrap();
         let absolute = reference.absolute_below(Path::new("/home/me"));
@@ -410,6 +500,7 @@ mod tests {
         assert!(why("[::1]:5000/a").contains("IPv6"));
         assert!(why("a@sha512:00").contains("only sha256 is supported"));
         assert!(why("a@sha256:00").contains("expected 64 hex digits"));
+        assert!(why("oci:a@b/:v1").contains("would read as a digest"));
         assert!(why(&format!("oci:/x@sha256:{}", HEX.to_uppercase())).contains("lower case"));
         assert!(why("quay.io/a b").starts_with("invalid reference format; write host/"));
         assert_eq!(why(&"a".repeat(10_000)), "too long");
@@ -425,7 +516,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn canonical_text_parses_to_the_same_reference(text in "(oci:|oci://)?[a-z./:@0-9A-Z-]{0,40}") {
+        fn canonical_text_parses_to_the_same_reference(text in "(oci:|oci://|oci-archive:|docker-archive:)?[a-z./:@0-9A-Z-]{0,40}") {
             if let Ok(reference) = text.parse::<Reference>() {
                 let again: Reference = reference.to_string().parse().unwrap();
                 prop_assert_eq!(again, reference);

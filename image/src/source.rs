@@ -1,7 +1,7 @@
 //! Where bytes come from: the edge of the world on the reading side.
 //!
 //! A [`Source`] is one image repository at one place: a registry repository
-//! ([`registry`]) or an OCI layout folder ([`layout`]). It hands out manifests
+//! ([`registry`]), an OCI layout folder ([`layout`]) or an archive ([`archive`]). It hands out manifests
 //! and ranges of blobs *unverified*; whoever asks checks length and digest.
 //! Every implementation passes the same conformance suite.
 //!
@@ -17,10 +17,13 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 
 use crate::digest::Digest;
-use crate::reference::Reference;
+use crate::reference::{LayoutForm, LayoutReference, Reference};
+use archive::DockerArchive;
 use registry::RegistryClient;
 
+mod archive;
 pub mod layout;
+mod part;
 pub mod registry;
 
 pub use layout::LayoutSource;
@@ -47,6 +50,9 @@ pub trait Source: Send + Sync {
         Ok(self.manifest(want).await?.digest())
     }
 
+    /// Whom the answers so far entitle to what was served. Asked after an answer has come.
+    fn audience(&self) -> Audience;
+
     /// Opens `range` (bytes, end exclusive, not empty) of a blob of `size` bytes.
     ///
     /// A source that cannot serve ranges answers with the blob from its start:
@@ -61,6 +67,23 @@ pub trait Source: Send + Sync {
         size: u64,
         range: Range<u64>,
     ) -> Result<BlobBody, SourceError>;
+
+    /// Takes note that a blob turned out wrong: places that served one and are not the
+    /// authority are not asked again. True when the next request goes elsewhere.
+    fn distrust(&self) -> bool {
+        false
+    }
+}
+
+/// Who has a right to what a source has served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// It has no say in that: a mirror may stand before the registry.
+    Nobody,
+    /// Who asked, with their credentials.
+    Caller,
+    /// Everybody: no credentials were needed.
+    Everybody,
 }
 
 /// A tag or a digest within one repository.
@@ -181,12 +204,38 @@ impl Sources {
     ) -> Result<Arc<dyn Source>, SourceError> {
         Ok(match reference {
             Reference::Registry(reference) => Arc::new(self.registry.pull_from(reference, secret)?),
-            Reference::Layout(reference) => Arc::new(LayoutSource::new(reference.path())),
+            Reference::Layout(reference) => open_local(reference),
+        })
+    }
+
+    /// As [`Sources::open`], without mirrors: the place that decides who may have what.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sources::open`].
+    pub(crate) fn open_origin(
+        &self,
+        reference: &Reference,
+        secret: &PullSecret,
+    ) -> Result<Arc<dyn Source>, SourceError> {
+        Ok(match reference {
+            Reference::Registry(reference) => Arc::new(self.registry.origin_of(reference, secret)?),
+            Reference::Layout(reference) => open_local(reference),
         })
     }
 
     /// The client that registries are spoken to with.
     pub(crate) fn registry(&self) -> &RegistryClient {
         &self.registry
+    }
+}
+
+/// The source of a layout, which asks nobody.
+fn open_local(reference: &LayoutReference) -> Arc<dyn Source> {
+    let path = reference.path();
+    match reference.form() {
+        LayoutForm::Folder => Arc::new(LayoutSource::new(path)),
+        LayoutForm::OciArchive => Arc::new(LayoutSource::in_archive(path)),
+        LayoutForm::DockerArchive => Arc::new(DockerArchive::new(path)),
     }
 }

@@ -8,7 +8,9 @@
 //!   layers/<sha256>.json          what a layer unpacked to
 //!   trees/<sha256>/rootfs/        hard links to objects: what a pod sees
 //!                  tree.json      sizes and layers; manifest.json, config.json as they travelled
+//!                  views/<sha256>/rootfs/   some of its files, for volumes that choose
 //!   refs/<sha256>.json            reference → manifest; named by the hash of the reference
+//!   access/<sha256>.json          who has been found to have a right to an image
 //!   ingest/<sha256>/              a layer or tree on its way, with <sha256>.lock beside it
 //!   volumes/  leases/             small records
 //!   mounts/                       logs of the processes that serve FUSE mounts, locked while they live
@@ -44,10 +46,11 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{Digest, ObjectId};
-use crate::manifest::{Packaging, Platform};
+use crate::manifest::{Layer, Packaging, Platform};
 use crate::reference::Reference;
 use crate::tree::LayerEntry;
 
+mod access;
 mod collect;
 mod error;
 mod ingest;
@@ -55,7 +58,9 @@ mod lease;
 mod objects;
 mod record;
 mod trees;
+mod views;
 
+pub(crate) use access::{AccessRecord, Standing};
 pub use collect::Collected;
 pub use error::StoreError;
 pub(crate) use ingest::Ingest;
@@ -63,6 +68,7 @@ pub(crate) use lease::Lease;
 pub(crate) use objects::Staged;
 pub use record::Records;
 pub(crate) use trees::{EPOCH, NewTree, object_mode};
+pub use views::View;
 
 use error::Context as _;
 
@@ -101,7 +107,7 @@ pub struct StoredLayer {
     pub digest: Digest,
     /// Its length in bytes.
     pub size_bytes: u64,
-    /// SHA-256 of its tar.
+    /// SHA-256 of it uncompressed.
     pub diff_id: Digest,
 }
 
@@ -125,7 +131,8 @@ pub struct Usage {
 /// The kinds of small records that other rooms keep here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecordKind {
-    /// Published volumes. A record's field `digest` keeps that image from [`Store::remove`].
+    /// Published volumes. A record's field `digest` keeps that image from [`Store::remove`],
+    /// its field `view` that view of it from [`Store::collect`].
     Volumes,
 }
 
@@ -185,6 +192,9 @@ impl Store {
             Err(e) if e.kind() == io::ErrorKind::NotFound => store.create()?,
             Err(e) => return Err(e).context(|| format!("read {}", store.path("format").display())),
         }
+        // Stores of earlier versions have none.
+        let access = store.path("access");
+        fs::create_dir_all(&access).context(|| format!("create {}", access.display()))?;
         store.recover()?;
         Ok(store)
     }
@@ -216,8 +226,8 @@ impl Store {
 
     fn is_own(&self, name: &std::ffi::OsStr) -> bool {
         // What a creation that was cut off may have left.
-        const OWN: [&str; 8] =
-            ["objects", "layers", "trees", "refs", "ingest", "volumes", "leases", "lock"];
+        const OWN: [&str; 9] =
+            ["objects", "layers", "trees", "refs", "access", "ingest", "volumes", "leases", "lock"];
         name.to_str().is_some_and(|name| OWN.contains(&name) || name.starts_with(".tmp"))
     }
 
@@ -309,9 +319,9 @@ impl Store {
         Records::new(self.path("refs"))
     }
 
-    /// What `digest` unpacked to, when all of it is still here.
-    pub(crate) fn layer(&self, digest: &Digest) -> Result<Option<LayerRecord>, StoreError> {
-        let record: Option<LayerRecord> = self.layer_records().get_sound(&digest.hex())?;
+    /// What `layer` unpacked to, when all of it is still here.
+    pub(crate) fn layer(&self, layer: &Layer) -> Result<Option<LayerRecord>, StoreError> {
+        let record: Option<LayerRecord> = self.layer_records().get_sound(&layer.record_name())?;
         Ok(record.filter(|record| record.objects().all(|(id, size)| self.has_object(&id, size))))
     }
 

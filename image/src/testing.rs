@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use crate::digest::Digest;
-use crate::manifest::{Blob, Compression, Layer};
+use crate::manifest::{Blob, Compression, Content, Layer};
 use crate::reference::Reference;
 use crate::store::Store;
 
@@ -66,7 +66,8 @@ pub(crate) fn noise(seed: u64, size: usize) -> Vec<u8> {
 }
 
 pub(crate) fn layer_of(blob: &[u8], compression: Compression) -> Layer {
-    Layer { blob: Blob { digest: Digest::of(blob), size: blob.len() as u64 }, compression }
+    let blob = Blob { digest: Digest::of(blob), size: blob.len() as u64 };
+    Layer { blob, compression, content: Content::Tar }
 }
 
 /// An OCI layout folder that a test fills.

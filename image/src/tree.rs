@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::ObjectId;
 
-/// One thing that a layer says. Paths are relative, clean, and never empty but for [`LayerEntry::Opaque`].
+/// One thing that a layer says. Paths are relative, clean, and never empty but for
+/// [`LayerEntry::Opaque`] and the one file of a raw layer, which the manifest names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum LayerEntry {
@@ -59,6 +60,20 @@ pub enum LayerEntry {
         /// The directory; empty for the root.
         path: String,
     },
+}
+
+impl LayerEntry {
+    /// Where it stands.
+    fn path(&self) -> &str {
+        match self {
+            Self::Directory { path }
+            | Self::File { path, .. }
+            | Self::Symlink { path, .. }
+            | Self::Hardlink { path, .. }
+            | Self::Whiteout { path }
+            | Self::Opaque { path } => path,
+        }
+    }
 }
 
 /// Why layers do not add up.
@@ -147,6 +162,71 @@ impl Tree {
             }
         }
         Ok(())
+    }
+
+    /// As [`Tree::apply`], with `folder` before all paths and targets of hard links.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tree::apply`].
+    pub fn apply_below(&mut self, folder: &str, layer: &[LayerEntry]) -> Result<(), TreeError> {
+        let below =
+            |path: &str| if path.is_empty() { folder.into() } else { format!("{folder}/{path}") };
+        let moved: Vec<_> = layer
+            .iter()
+            .map(|entry| {
+                let mut entry = entry.clone();
+                match &mut entry {
+                    LayerEntry::Hardlink { path, target } => {
+                        *path = below(path);
+                        *target = below(target);
+                    }
+                    LayerEntry::Directory { path }
+                    | LayerEntry::File { path, .. }
+                    | LayerEntry::Symlink { path, .. }
+                    | LayerEntry::Whiteout { path }
+                    | LayerEntry::Opaque { path } => *path = below(path),
+                }
+                entry
+            })
+            .collect();
+        self.apply(&moved)
+    }
+
+    /// As [`Tree::apply`], of a layer that may have nothing outside of `folder`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tree::apply`], and when an entry stands elsewhere.
+    pub fn apply_within(&mut self, folder: &str, layer: &[LayerEntry]) -> Result<(), TreeError> {
+        let is_within = |path: &str| {
+            path.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        if let Some(path) = layer.iter().map(LayerEntry::path).find(|path| !is_within(path)) {
+            return Err(error(path, format!("stands outside of the layer's folder {folder:?}")));
+        }
+        // A folder of nothing is a folder.
+        self.apply(&[LayerEntry::Directory { path: folder.to_owned() }])?;
+        self.apply(layer)
+    }
+
+    /// Puts the one file of a raw layer at `path`.
+    ///
+    /// # Errors
+    ///
+    /// When something else is there, the path leads through a symlink or a file, or the layer is
+    /// not one file.
+    pub fn place_file(&mut self, path: &str, layer: &[LayerEntry]) -> Result<(), TreeError> {
+        let [LayerEntry::File { size, object, .. }] = layer else {
+            return Err(error(path, "the layer is not one file".to_owned()));
+        };
+        let file = Node::File { size: *size, object: *object };
+        match self.get(path) {
+            Some(there) if *there != file => {
+                Err(error(path, "two layers bring something of this name".to_owned()))
+            }
+            _ => self.put(path, file),
+        }
     }
 
     /// The node at `path`, following nothing.

@@ -8,8 +8,10 @@
 pub mod carport;
 pub mod demo;
 pub mod images;
+pub mod layouts;
 pub mod models;
 pub mod node;
 pub mod registry;
+pub mod sanity;
 pub mod scripted;
 pub mod sources;

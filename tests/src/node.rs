@@ -349,7 +349,8 @@ impl Node {
         command
             .env("CARPORT_ROOT", self.root())
             .env("CARPORT_SOCKET", self.socket())
-            .env("DOCKER_CONFIG", "/nonexistent");
+            .env("DOCKER_CONFIG", "/nonexistent")
+            .env("CARPORT_HOSTS_DIR", "/nonexistent");
         if !self.setup.plain_http.is_empty() {
             command.env("CARPORT_PLAIN_HTTP", self.setup.plain_http.join(","));
         }
@@ -404,7 +405,15 @@ impl Node {
     ///
     /// When it has not within a minute.
     pub async fn metric_becomes(&self, name: &str, value: f64) {
-        eventually(&format!("{name} {value}"), async || self.metric(name).await == value).await;
+        let start = Instant::now();
+        loop {
+            let found = self.metric(name).await;
+            if found == value {
+                return;
+            }
+            assert!(start.elapsed() < PATIENCE, "{name} is {found}, and does not become {value}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// The mounts at or below `path` in the node's namespace, from mountinfo.

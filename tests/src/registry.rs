@@ -36,7 +36,25 @@ impl Registry {
         Self::with("auth:\n  htpasswd:\n    realm: carport-tests\n    path: FOLDER/htpasswd\n")
     }
 
-    /// Where it listens: `127.0.0.1:<port>`, over plain HTTP.
+    /// Starts one that serves over TLS, with a certificate that it signed itself:
+    /// [`Registry::certificate`]. Nothing, and a word about it, where openssl is not installed.
+    ///
+    /// # Panics
+    ///
+    /// When no certificate can be made.
+    pub fn start_with_tls() -> Option<Self> {
+        if !installed("openssl") {
+            return None;
+        }
+        Self::with("  tls:\n    certificate: FOLDER/tls.crt\n    key: FOLDER/tls.key\n")
+    }
+
+    /// The certificate of a registry that serves over TLS, in PEM.
+    pub fn certificate(&self) -> std::path::PathBuf {
+        self.folder.path().join("tls.crt")
+    }
+
+    /// Where it listens: `127.0.0.1:<port>`, over plain HTTP where it does not serve over TLS.
     pub fn host(&self) -> &str {
         &self.host
     }
@@ -46,13 +64,16 @@ impl Registry {
         self.folder.path().join("storage")
     }
 
-    fn with(auth: &str) -> Option<Self> {
+    fn with(more: &str) -> Option<Self> {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path();
+        if more.contains("tls:") {
+            make_certificate(path);
+        }
         let config = format!(
             "version: 0.1\nlog:\n  level: info\n  formatter: text\n  accesslog:\n    disabled: true\n\
              storage:\n  filesystem:\n    rootdirectory: FOLDER/storage\n\
-             http:\n  addr: 127.0.0.1:0\n{auth}"
+             http:\n  addr: 127.0.0.1:0\n{more}"
         );
         let config = config.replace("FOLDER", &path.display().to_string());
         std::fs::write(path.join("config.yml"), config).expect("a registry's config");
@@ -98,6 +119,22 @@ impl Drop for Registry {
             let _ = log.join();
         }
     }
+}
+
+/// A key and a certificate for 127.0.0.1, signed by itself.
+fn make_certificate(folder: &Path) {
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
+        .args(["-nodes", "-days", "2", "-subj", "/CN=carport-tests"])
+        .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+        .arg("-keyout")
+        .arg(folder.join("tls.key"))
+        .arg("-out")
+        .arg(folder.join("tls.crt"))
+        .output()
+        .expect("run openssl");
+    assert!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
 }
 
 /// Whether a program is installed; says so where it is not.

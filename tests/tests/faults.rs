@@ -227,7 +227,7 @@ async fn plain_http_is_spoken_only_where_it_is_allowed() {
         assert!(matches!(error, SourceError::Invalid(_)), "{error:?}");
         let text = error.to_string();
         assert!(text.contains(&format!("no TLS with {host}")), "{text}");
-        assert!(text.contains("name it in the plain_http list"), "{text}");
+        assert!(text.contains("registries.plainHttp"), "{text}");
     }
     assert!(server.requests().is_empty());
 }

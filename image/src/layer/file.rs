@@ -62,7 +62,7 @@ impl Buffer {
     }
 }
 
-/// A file of a known size that is being written.
+/// A file that is being written: of a known size, or of size 0 for one that is not known.
 pub(crate) struct FileWriter {
     file: File,
     direct: bool,

@@ -144,6 +144,23 @@ impl Parser {
         }
     }
 
+    /// Whether the end marker was read.
+    pub(crate) fn is_done(&self) -> bool {
+        matches!(self.state, State::Done)
+    }
+
+    /// Goes behind the content of the member that began last, which the caller does not need: the
+    /// next byte to give is the one at [`Parser::offset`].
+    pub(crate) fn skip(&mut self) {
+        let skipped = match self.state {
+            State::Data { left, padding } => left.saturating_add(padding),
+            State::Padding { left } => left,
+            _ => return,
+        };
+        self.offset = self.offset.saturating_add(skipped);
+        self.state = State::Header { have: Vec::new() };
+    }
+
     /// Consumes a part of `input`; returns how much, and what it means.
     ///
     /// Call again with the rest until it answers [`Event::More`].
@@ -371,7 +388,7 @@ fn clamp(left: u64, have: usize) -> usize {
 }
 
 /// `./models//a/` → `models/a`; refuses what leaves the root or cannot be a path.
-fn clean_path(raw: &[u8]) -> Result<String, TarError> {
+pub(crate) fn clean_path(raw: &[u8]) -> Result<String, TarError> {
     let shown = || String::from_utf8_lossy(&raw[..raw.len().min(200)]).into_owned();
     let refuse = |why: &str| TarError::Refused { path: shown(), why: why.to_owned() };
     let text = std::str::from_utf8(raw).map_err(|_| refuse("the name is not UTF-8"))?;

@@ -1,5 +1,6 @@
 use super::*;
 use crate::digest::ObjectId;
+use crate::manifest::Content;
 use crate::store::Store;
 use crate::testing::{Entry, compress, layer_of, noise, store, tar};
 use crate::tree::LayerEntry;
@@ -13,7 +14,7 @@ fn unpack(
     until: Option<usize>,
 ) -> Result<(u64, Done), LayerError> {
     let ingest = store.ingest(&layer.blob.digest).unwrap().expect("nobody else is at it");
-    let resumed = Resumed::open(ingest, layer, diff_id)?;
+    let resumed = Resumed::open(ingest, layer, Some(diff_id))?;
     let from = resumed.offset();
     let end = until.unwrap_or(blob.len());
     let mut chunks = blob[from as usize..end].chunks(1_000_003).map(Bytes::copy_from_slice);
@@ -63,7 +64,7 @@ fn a_layer_of_any_compression_becomes_the_same_objects() {
         let layer = layer_of(&blob, compression);
         let (_, done) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
         assert_eq!(done.written_bytes, 9_000_003, "{compression:?}");
-        let record = store.layer(&layer.blob.digest).unwrap().expect("recorded");
+        let record = store.layer(&layer).unwrap().expect("recorded");
         assert_eq!(record.entries, expected, "{compression:?}");
         assert!(ingest_is_empty(&store));
     }
@@ -81,7 +82,7 @@ fn many_members_and_frames_are_one_stream() {
         blob.extend_from_slice(&compress(&tar[70_000..], compression));
         let layer = layer_of(&blob, compression);
         unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
-        assert_eq!(store.layer(&layer.blob.digest).unwrap().unwrap().entries.len(), 2);
+        assert_eq!(store.layer(&layer).unwrap().unwrap().entries.len(), 2);
     }
 }
 
@@ -199,7 +200,7 @@ fn a_layer_that_is_killed_goes_on_from_its_last_checkpoint_and_writes_nothing_tw
     let (_dir, store) = store();
     let ingest = store.ingest(&layer.blob.digest).unwrap().unwrap();
     let folder = ingest.folder().to_owned();
-    let resumed = Resumed::open(ingest, layer, Digest::of(&tar)).unwrap();
+    let resumed = Resumed::open(ingest, layer, Some(Digest::of(&tar))).unwrap();
     let mut checkpoints = std::collections::BTreeSet::new();
     let mut chunks = tar.chunks(400_000);
     let mut feed = || {
@@ -246,4 +247,129 @@ fn a_compressed_layer_that_was_stopped_starts_again_and_leaves_nothing_meanwhile
         let (from, _) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
         assert_eq!(from, 0);
     }
+}
+
+/// As [`layer_of`], of one raw file.
+fn raw_of(blob: &[u8], compression: Compression) -> Layer {
+    Layer { content: Content::File, ..layer_of(blob, compression) }
+}
+
+#[test]
+fn a_raw_layer_is_one_file_without_a_name() {
+    let (_dir, store) = store();
+    for size in [0, 1, 5_000_001] {
+        let content = noise(50, size);
+        let object = ObjectId::new(blake3::hash(&content), false);
+        let expected = [LayerEntry::File { path: String::new(), size: size as u64, object }];
+        for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
+            let blob = compress(&content, compression);
+            let layer = raw_of(&blob, compression);
+            unpack(&store, &blob, layer, Digest::of(&content), None).unwrap();
+            let record = store.layer(&layer).unwrap().expect("recorded");
+            assert_eq!(record.entries, expected, "{size} bytes, {compression:?}");
+            assert_eq!(record.diff_id, Digest::of(&content));
+            assert!(ingest_is_empty(&store));
+            if size > 0 {
+                let path = store.root().join("objects").join(object.path());
+                assert!(std::fs::read(path).unwrap() == content);
+            }
+        }
+    }
+    assert_eq!(objects(&store), 2);
+}
+
+#[test]
+fn the_same_bytes_are_a_tar_to_one_image_and_a_file_to_another() {
+    let (_dir, store) = store();
+    let tar = tar(&[Entry::File("weights", &noise(51, 10_000))]);
+    let (as_tar, as_file) = (layer_of(&tar, Compression::None), raw_of(&tar, Compression::None));
+    unpack(&store, &tar, as_tar, Digest::of(&tar), None).unwrap();
+    assert!(store.layer(&as_file).unwrap().is_none());
+    unpack(&store, &tar, as_file, Digest::of(&tar), None).unwrap();
+    assert_eq!(
+        store.layer(&as_tar).unwrap().unwrap().entries[0].clone(),
+        LayerEntry::File {
+            path: "weights".into(),
+            size: 10_000,
+            object: ObjectId::new(blake3::hash(&noise(51, 10_000)), false),
+        }
+    );
+    let blob = compress(&tar, Compression::Gzip);
+    let archive = raw_of(&blob, Compression::None);
+    unpack(&store, &blob, archive, Digest::of(&blob), None).unwrap();
+    assert!(store.layer(&raw_of(&blob, Compression::Gzip)).unwrap().is_none());
+    // What a stopped pull left of the one is nothing to the other.
+    let big = noise(52, 40_000_000);
+    let _ =
+        unpack(&store, &big, raw_of(&big, Compression::None), Digest::of(&big), Some(20_000_000));
+    let error = unpack(&store, &big, layer_of(&big, Compression::None), Digest::of(&big), None);
+    assert!(matches!(error, Err(LayerError::Refused(_))), "no tar");
+}
+
+#[test]
+fn a_stopped_raw_layer_goes_on_where_it_was() {
+    let content = noise(53, 70_000_001);
+    let layer = raw_of(&content, Compression::None);
+    let (_dir, store) = store();
+    for stop in [1, 33_000_000, 69_999_999] {
+        let error =
+            unpack(&store, &content, layer, Digest::of(&content), Some(stop)).err().unwrap();
+        assert!(matches!(error, LayerError::Stopped(_)), "{error}");
+        Store::open(store.root()).unwrap();
+    }
+    let (from, done) = unpack(&store, &content, layer, Digest::of(&content), None).unwrap();
+    assert_eq!((from, done.written_bytes), (69_999_999, 70_000_001));
+    let path = ObjectId::new(blake3::hash(&content), false).path();
+    assert!(std::fs::read(store.root().join("objects").join(path)).unwrap() == content);
+}
+
+#[test]
+fn without_a_diff_id_the_digest_answers_for_the_content() {
+    let (_dir, store) = store();
+    let tar = tar(&[Entry::File("a", b"x")]);
+    for compression in [Compression::None, Compression::Gzip] {
+        let blob = compress(&tar, compression);
+        let layer = layer_of(&blob, compression);
+        let ingest = store.ingest(&layer.blob.digest).unwrap().unwrap();
+        let resumed = Resumed::open(ingest, layer, None).unwrap();
+        let mut chunks = [Chunk { bytes: Bytes::from(blob.clone()), _credit: () }].into_iter();
+        resumed.unpack(|| chunks.next()).unwrap();
+        assert_eq!(store.layer(&layer).unwrap().unwrap().diff_id, Digest::of(&tar));
+
+        let mut altered = blob;
+        *altered.last_mut().unwrap() ^= 1;
+        let ingest = store.ingest(&layer.blob.digest).unwrap().unwrap();
+        let resumed = Resumed::open(ingest, layer, None).unwrap();
+        let mut chunks = [Chunk { bytes: Bytes::from(altered), _credit: () }].into_iter();
+        let error = resumed.unpack(|| chunks.next()).err().unwrap();
+        assert!(matches!(error, LayerError::Mismatch(_)), "{error}");
+    }
+}
+
+#[test]
+fn a_wrong_diff_id_of_an_uncompressed_layer_does_not_become_the_layers() {
+    let (_dir, store) = store();
+    let tar = tar(&[Entry::File("a", b"x")]);
+    let layer = layer_of(&tar, Compression::None);
+    let error = unpack(&store, &tar, layer, Digest::of(b"other"), None).err().unwrap();
+    assert!(matches!(&error, LayerError::Mismatch(why) if why.contains("the image is broken")));
+    assert!(store.layer(&layer).unwrap().is_none() && ingest_is_empty(&store));
+}
+
+#[test]
+fn what_estargz_adds_is_no_file_of_the_image() {
+    let (_dir, store) = store();
+    let tar = tar(&[
+        Entry::File(".prefetch.landmark", &[0xf]),
+        Entry::File("./.no.prefetch.landmark", &[0xf]),
+        Entry::File("models/stargz.index.json", b"one's own"),
+        Entry::File("stargz.index.json", &noise(54, 10_000)),
+    ]);
+    let blob = compress(&tar, Compression::Gzip);
+    let layer = layer_of(&blob, Compression::Gzip);
+    let (_, done) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
+    assert_eq!(done.written_bytes, 9);
+    let object = ObjectId::new(blake3::hash(b"one's own"), false);
+    let own = LayerEntry::File { path: "models/stargz.index.json".into(), size: 9, object };
+    assert_eq!(store.layer(&layer).unwrap().unwrap().entries, [own]);
 }

@@ -1,4 +1,4 @@
-//! From the bytes of a tar to staged files and the entries of a layer.
+//! From the bytes of a tar, or of one file, to staged files and the entries of a layer.
 
 use std::io;
 
@@ -8,11 +8,17 @@ use super::LayerError;
 use super::file::{BUFFER_BYTES, Buffer, FileWriter};
 use super::tar::{Event, Member, MemberKind, Parser};
 use crate::digest::ObjectId;
+use crate::manifest::{Compression, Content, Layer};
 use crate::store::{Ingest, Staged, StoreError};
 use crate::tree::LayerEntry;
 
 const WHITEOUT: &str = ".wh.";
 const OPAQUE: &str = ".wh..wh..opq";
+
+/// What eStargz adds to a tar for programs that read it lazily: the table of contents, and where
+/// prefetching ends. No files of the image.
+/// <https://github.com/containerd/stargz-snapshotter/blob/main/docs/estargz.md>
+const ESTARGZ: [&str; 3] = ["stargz.index.json", ".prefetch.landmark", ".no.prefetch.landmark"];
 
 /// A layer of more entries would make records that nobody can hold in memory.
 const MAX_ENTRIES: usize = 1_000_000;
@@ -21,7 +27,7 @@ const MAX_ENTRIES: usize = 1_000_000;
 /// the file system, since each sync costs a commit of the journal.
 const SYNC_EACH: usize = 128;
 
-/// Takes a tar's bytes, writes its files into an ingest folder.
+/// Takes a layer's uncompressed bytes, writes its files into an ingest folder.
 pub(crate) struct Unpacker {
     progress: Progress,
     writer: Option<FileWriter>,
@@ -31,12 +37,23 @@ pub(crate) struct Unpacker {
 /// All that must be known to go on after a crash, but for the bytes on the disk.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Progress {
-    parser: Parser,
+    reader: Reader,
     entries: Vec<LayerEntry>,
     staged: Vec<Staged>,
     /// The file that is being written.
     open: Option<OpenFile>,
     written_bytes: u64,
+}
+
+/// How the bytes are read, and how far.
+#[derive(Serialize, Deserialize)]
+enum Reader {
+    Tar(Parser),
+    /// All bytes are one file; its size is known before where it is not compressed.
+    File {
+        size: Option<u64>,
+        taken: u64,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -55,9 +72,16 @@ pub(crate) struct Unpacked {
 }
 
 impl Unpacker {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(layer: &Layer) -> Self {
+        let uncompressed = layer.compression == Compression::None;
+        let reader = match layer.content {
+            Content::Tar => Reader::Tar(Parser::new()),
+            Content::File => {
+                Reader::File { size: uncompressed.then_some(layer.blob.size), taken: 0 }
+            }
+        };
         Self::with(Progress {
-            parser: Parser::new(),
+            reader,
             entries: Vec::new(),
             staged: Vec::new(),
             open: None,
@@ -73,8 +97,12 @@ impl Unpacker {
     ///
     /// # Errors
     ///
-    /// When the disk does not hold what the checkpoint says.
-    pub(super) fn resume(progress: Progress, ingest: &Ingest) -> io::Result<Self> {
+    /// When the checkpoint is of another kind of layer, or the disk does not hold what it says.
+    pub(super) fn resume(progress: Progress, layer: &Layer, ingest: &Ingest) -> io::Result<Self> {
+        match (&progress.reader, layer.content) {
+            (Reader::Tar(_), Content::Tar) | (Reader::File { .. }, Content::File) => {}
+            _ => return Err(io::Error::other("it was read as something else")),
+        }
         for staged in &progress.staged {
             let path = ingest.folder().join(&staged.name);
             if std::fs::metadata(&path)?.len() != staged.size {
@@ -93,15 +121,26 @@ impl Unpacker {
         Ok(unpacker)
     }
 
-    /// Bytes of the tar taken so far.
+    /// Uncompressed bytes taken so far.
     pub(super) fn offset(&self) -> u64 {
-        self.progress.parser.offset()
+        match &self.progress.reader {
+            Reader::Tar(parser) => parser.offset(),
+            Reader::File { taken, .. } => *taken,
+        }
     }
 
-    /// The next place in the tar, at `from` or soon behind it, where the buffer is empty: a file's
+    /// Bytes of the open file that are still to come.
+    fn data_left(&self) -> u64 {
+        match &self.progress.reader {
+            Reader::Tar(parser) => parser.data_left(),
+            Reader::File { size, taken } => size.unwrap_or(0).saturating_sub(*taken),
+        }
+    }
+
+    /// The next place in the layer, at `from` or soon behind it, where the buffer is empty: a file's
     /// end, or the end of a full buffer. `from` itself where no such place can be foreseen.
     pub(super) fn settles_at(&self, from: u64) -> u64 {
-        let end = self.offset() + self.progress.parser.data_left();
+        let end = self.offset() + self.data_left();
         if self.writer.is_none() || from > end {
             return from;
         }
@@ -112,20 +151,37 @@ impl Unpacker {
 
     pub(super) fn write(&mut self, mut input: &[u8], ingest: &Ingest) -> Result<(), LayerError> {
         loop {
-            let (used, event) = self.progress.parser.next(input)?;
-            input = &input[used..];
-            match event {
-                Event::More => return Ok(()),
-                Event::Member(member) => self.begin(member, ingest)?,
-                Event::Data(bytes) => {
-                    self.progress.written_bytes += bytes.len() as u64;
-                    if let Some(writer) = &mut self.writer {
-                        writer.write(bytes, &mut self.buffer).map_err(|e| self.disk(e))?;
+            match &mut self.progress.reader {
+                Reader::Tar(parser) => {
+                    let (used, event) = parser.next(input)?;
+                    input = &input[used..];
+                    match event {
+                        Event::More => return Ok(()),
+                        Event::Member(member) => self.begin(member, ingest)?,
+                        Event::Data(bytes) => self.data(bytes)?,
+                        Event::End => self.end()?,
                     }
                 }
-                Event::End => self.end()?,
+                Reader::File { size, taken } => {
+                    if input.is_empty() {
+                        return Ok(());
+                    }
+                    let size = size.unwrap_or(0);
+                    *taken += input.len() as u64;
+                    if self.progress.open.is_none() {
+                        self.open(String::new(), size, false, ingest)?;
+                    }
+                    return self.data(input);
+                }
             }
         }
+    }
+
+    fn data(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
+        // What no writer waits for is the content of a marker.
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        self.progress.written_bytes += bytes.len() as u64;
+        writer.write(bytes, &mut self.buffer).map_err(|e| self.disk(e))
     }
 
     /// Puts everything on the disk and tells how to go on from here.
@@ -144,8 +200,20 @@ impl Unpacker {
         Ok(&self.progress)
     }
 
-    pub(super) fn finish(self, ingest: &Ingest) -> Result<Unpacked, LayerError> {
-        self.progress.parser.finish()?;
+    pub(super) fn finish(mut self, ingest: &Ingest) -> Result<Unpacked, LayerError> {
+        match &self.progress.reader {
+            Reader::Tar(parser) => parser.finish()?,
+            Reader::File { taken: 0, .. } => {
+                self.progress.entries.push(empty_file(String::new(), false));
+            }
+            Reader::File { taken, .. } => {
+                let taken = *taken;
+                if let Some(OpenFile { member, .. }) = &mut self.progress.open {
+                    member.kind = MemberKind::File { size: taken, executable: false };
+                }
+                self.end()?;
+            }
+        }
         if self.progress.staged.len() > SYNC_EACH {
             self.sync_all(ingest)?;
         }
@@ -158,6 +226,9 @@ impl Unpacker {
             return Err(LayerError::Refused(format!("more than {MAX_ENTRIES} entries")));
         }
         let Member { path, kind } = member;
+        if ESTARGZ.contains(&path.as_str()) {
+            return Ok(());
+        }
         let (folder, name) = path.rsplit_once('/').unwrap_or(("", &path));
         let entry = if name == OPAQUE {
             LayerEntry::Opaque { path: folder.to_owned() }
@@ -178,21 +249,29 @@ impl Unpacker {
                 MemberKind::Directory => LayerEntry::Directory { path },
                 MemberKind::Symlink { target } => LayerEntry::Symlink { path, target },
                 MemberKind::Hardlink { target } => LayerEntry::Hardlink { path, target },
-                MemberKind::File { size: 0, executable } => {
-                    let object = ObjectId::new(blake3::hash(b""), executable);
-                    LayerEntry::File { path, size: 0, object }
-                }
+                MemberKind::File { size: 0, executable } => empty_file(path, executable),
                 MemberKind::File { size, executable } => {
-                    let file = ingest.folder().join(self.next_name());
-                    let member = Member { path, kind: MemberKind::File { size, executable } };
-                    self.progress.open = Some(OpenFile { member, synced: 0 });
-                    let writer = FileWriter::create(&file, size, executable);
-                    self.writer = Some(writer.map_err(|e| self.disk(e))?);
-                    return Ok(());
+                    return self.open(path, size, executable, ingest);
                 }
             }
         };
         self.progress.entries.push(entry);
+        Ok(())
+    }
+
+    /// Opens the file that the next bytes go to.
+    fn open(
+        &mut self,
+        path: String,
+        size: u64,
+        executable: bool,
+        ingest: &Ingest,
+    ) -> Result<(), LayerError> {
+        let file = ingest.folder().join(self.next_name());
+        let member = Member { path, kind: MemberKind::File { size, executable } };
+        self.progress.open = Some(OpenFile { member, synced: 0 });
+        let writer = FileWriter::create(&file, size, executable);
+        self.writer = Some(writer.map_err(|e| self.disk(e))?);
         Ok(())
     }
 
@@ -225,4 +304,8 @@ impl Unpacker {
         let path = self.progress.open.as_ref().map_or("", |open| open.member.path.as_str());
         LayerError::Store(StoreError::io(format!("write {path:?} into the store"), source))
     }
+}
+
+fn empty_file(path: String, executable: bool) -> LayerEntry {
+    LayerEntry::File { path, size: 0, object: ObjectId::new(blake3::hash(b""), executable) }
 }

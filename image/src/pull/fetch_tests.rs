@@ -47,6 +47,10 @@ impl Source for Blobs {
         "memory".to_owned()
     }
 
+    fn audience(&self) -> crate::source::Audience {
+        crate::source::Audience::Everybody
+    }
+
     async fn manifest(&self, _: &ManifestName) -> Result<RawManifest, SourceError> {
         Err(SourceError::NotFound("no manifests here".to_owned()))
     }

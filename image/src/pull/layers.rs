@@ -27,8 +27,8 @@ pub(super) struct LayerDone {
     pub(super) written_bytes: u64,
 }
 
-/// By digest and diff_id: two images may disagree on what a layer unpacks to, and then one is wrong.
-type Key = (Digest, Digest);
+/// Two images may disagree on how a layer is read and what it unpacks to; of the latter one is wrong.
+type Key = (Layer, Option<Digest>);
 pub(super) type LayerFlights = Flights<Key, Result<LayerDone, PullError>, Arc<Meter>>;
 pub(super) type LayerFlight = Flight<Key, Result<LayerDone, PullError>, Arc<Meter>>;
 
@@ -38,15 +38,25 @@ impl Inner {
         self: &Arc<Self>,
         source: &Arc<dyn Source>,
         layer: Layer,
-        diff_id: Digest,
+        diff_id: Option<Digest>,
     ) -> LayerFlight {
-        self.layers.join(&(layer.blob.digest, diff_id), |stop| {
+        self.layers.join(&(layer, diff_id), |stop| {
             let meter = Arc::new(Meter::new(Instant::now()));
             let (inner, source, counted) =
                 (Arc::clone(self), Arc::clone(source), Arc::clone(&meter));
             let work = async move {
                 let _tracked = inner.tasks.token();
-                inner.bring_layer(source, layer, diff_id, counted, &stop).await
+                loop {
+                    let (source, counted) = (Arc::clone(&source), Arc::clone(&counted));
+                    let done = inner.bring_layer(&source, layer, diff_id, counted, &stop).await;
+                    match &done {
+                        // A mirror that lied is not asked again.
+                        Err(error @ PullError::Mismatch(_)) if source.distrust() => {
+                            tracing::warn!(layer = %layer.blob.digest, %error, "asking elsewhere");
+                        }
+                        _ => return done,
+                    }
+                }
             };
             (meter, work)
         })
@@ -54,9 +64,9 @@ impl Inner {
 
     async fn bring_layer(
         &self,
-        source: Arc<dyn Source>,
+        source: &Arc<dyn Source>,
         layer: Layer,
-        diff_id: Digest,
+        diff_id: Option<Digest>,
         meter: Arc<Meter>,
         stop: &CancellationToken,
     ) -> Result<LayerDone, PullError> {
@@ -81,7 +91,7 @@ impl Inner {
         };
         // Somebody may have finished it while this one waited for its turn.
         let present = self.disk(move |store| {
-            let there = store.layer(&digest)?.is_some();
+            let there = store.layer(&layer)?.is_some();
             if there {
                 ingest.discard()?;
                 return Ok(None);
@@ -101,7 +111,7 @@ impl Inner {
         let (sender, mut chunks) = mpsc::channel(QUEUE);
         let unpacking =
             self.tasks.spawn_blocking(move || resumed.unpack(|| chunks.blocking_recv()));
-        let fetching = self.fetcher.fetch(source, layer.blob, offset, meter, sender);
+        let fetching = self.fetcher.fetch(Arc::clone(source), layer.blob, offset, meter, sender);
         let fetched = tokio::select! {
             () = stop.cancelled() => Err(stopped()),
             fetched = fetching => fetched,

@@ -1,6 +1,6 @@
 //! One pull, from its reference to its tree.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -13,8 +13,8 @@ use super::fetch::retry;
 use super::layers::{LayerDone, LayerFlight};
 use super::{Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
 use crate::digest::Digest;
-use crate::manifest::{Blob, ImageManifest, Layer, Manifest, diff_ids};
-use crate::source::{ManifestName, RawManifest, Source, SourceError};
+use crate::manifest::{Blob, ImageManifest, Layer, Manifest, Place, PlacedLayer};
+use crate::source::{Audience, ManifestName, RawManifest, Source, SourceError};
 use crate::store::{Lease, NewTree, RefRecord, Store, StoreError, StoredLayer};
 use crate::tree::Tree;
 
@@ -74,6 +74,7 @@ impl Inner {
             here.filter(|_| known.as_ref().is_none_or(|known| known.platform == request.platform));
         match (request.policy, here) {
             (PullPolicy::IfNotPresent | PullPolicy::Never, Some(digest)) => {
+                self.entitled(request, digest).await?;
                 return self.present(digest).await;
             }
             (PullPolicy::Never, None) => {
@@ -89,12 +90,19 @@ impl Inner {
         if let (ManifestName::Tag(_), Some(digest), Some(known)) = (&name, here, &known) {
             let now = retry(self.attempts, "resolve", || source.resolve(&name)).await?;
             if now == known.resolved {
+                if source.audience() == Audience::Nobody {
+                    self.entitled(request, digest).await?;
+                }
+                self.granted(&*source, request, digest).await?;
                 return self.present(digest).await;
             }
             name = ManifestName::Digest(now);
         }
         let found = self.resolve(&*source, &name, request).await?;
         let digest = found.image.digest;
+        if source.audience() == Audience::Nobody {
+            self.entitled(request, digest).await?;
+        }
         let record = RefRecord {
             reference: reference.to_string(),
             resolved: found.resolved,
@@ -112,6 +120,7 @@ impl Inner {
             cost = Some(self.bring_image(&source, &found, entry).await?);
         }
         self.disk(move |store| store.put_reference(&record)).await?;
+        self.granted(&*source, request, digest).await?;
         let mut pulled = self.present(digest).await?;
         if let Some(cost) = cost {
             pulled.fetched_bytes = cost.fetched_bytes;
@@ -189,7 +198,11 @@ impl Inner {
             }
             Ok::<_, SourceError>(bytes)
         };
-        let bytes = retry(self.attempts, "fetch config", fetch).await?;
+        let mut bytes = retry(self.attempts, "fetch config", fetch).await?;
+        // A mirror that lied is not asked again.
+        while Digest::of(&bytes) != blob.digest && source.distrust() {
+            bytes = retry(self.attempts, "fetch config", fetch).await?;
+        }
         if Digest::of(&bytes) != blob.digest {
             return Err(PullError::Mismatch(format!(
                 "config {}: {} served {} bytes that hash to {}",
@@ -210,11 +223,11 @@ impl Inner {
     ) -> Result<LayerDone, PullError> {
         let image = &found.image;
         let config = self.config(&**source, image.config).await?;
-        let diff_ids = diff_ids(image, &config)?;
-        let layers: Vec<(Layer, Digest)> = image.layers.iter().copied().zip(diff_ids).collect();
+        let layers = image.layers_with(&config)?;
 
         // Nothing that is gathered from here on is collected before the tree stands.
-        let names: BTreeSet<Digest> = layers.iter().map(|(layer, _)| layer.blob.digest).collect();
+        let names: BTreeSet<Digest> =
+            layers.iter().map(|placed| placed.layer.blob.digest).collect();
         let lease: Lease = self.disk(move |store| store.lease(names)).await?;
         let cost = self.bring_layers(source, &layers, entry).await?;
 
@@ -238,18 +251,16 @@ impl Inner {
     async fn bring_layers(
         self: &Arc<Self>,
         source: &Arc<dyn Source>,
-        layers: &[(Layer, Digest)],
+        layers: &[PlacedLayer],
         entry: &Entry,
     ) -> Result<LayerDone, PullError> {
-        let distinct: BTreeMap<Digest, (Layer, Digest)> =
-            layers.iter().map(|(layer, diff_id)| (layer.blob.digest, (*layer, *diff_id))).collect();
-        let asked: Vec<Digest> = distinct.keys().copied().collect();
+        let distinct: BTreeSet<Layer> = layers.iter().map(|placed| placed.layer).collect();
         let here = self
             .disk(move |store| {
                 let mut here = BTreeSet::new();
-                for digest in asked {
-                    if store.layer(&digest)?.is_some() {
-                        here.insert(digest);
+                for layer in distinct {
+                    if store.layer(&layer)?.is_some() {
+                        here.insert(layer);
                     }
                 }
                 Ok(here)
@@ -259,13 +270,11 @@ impl Inner {
         let mut started = BTreeSet::new();
         let flights: Vec<_> = layers
             .iter()
-            .filter(|(layer, _)| {
-                !here.contains(&layer.blob.digest) && started.insert(layer.blob.digest)
-            })
-            .map(|(layer, diff_id)| self.start_layer(source, *layer, *diff_id))
+            .filter(|placed| !here.contains(&placed.layer) && started.insert(placed.layer))
+            .map(|placed| self.start_layer(source, placed.layer, placed.diff_id))
             .collect();
         entry.set(|stage| {
-            stage.present_bytes = here.iter().map(|digest| distinct[digest].0.blob.size).sum();
+            stage.present_bytes = here.iter().map(|layer| layer.blob.size).sum();
             stage.meters = flights.iter().map(|flight| Arc::clone(&flight.state)).collect();
         });
         let mut cost = LayerDone::default();
@@ -300,40 +309,42 @@ impl Inner {
 fn make_tree(
     store: &Store,
     image: &ImageManifest,
-    layers: &[(Layer, Digest)],
+    layers: &[PlacedLayer],
     manifest: &[u8],
     config: &[u8],
 ) -> Result<Result<bool, PullError>, StoreError> {
     let mut tree = Tree::default();
-    for (layer, diff_id) in layers {
+    let mut stored = Vec::new();
+    for PlacedLayer { layer, place, diff_id, .. } in layers {
         let digest = layer.blob.digest;
-        let Some(record) = store.layer(&digest)? else {
+        let Some(record) = store.layer(layer)? else {
             return Err(StoreError::Corrupt(format!(
                 "layer {digest} is gone again: pull the image again"
             )));
         };
-        if record.diff_id != *diff_id {
+        if let Some(diff_id) = diff_id
+            && record.diff_id != *diff_id
+        {
             return Ok(Err(PullError::Mismatch(format!(
                 "layer {digest} unpacks to {}, but the config of image {} says diff_id {diff_id}",
                 record.diff_id, image.digest
             ))));
         }
-        if let Err(why) = tree.apply(&record.entries) {
+        let applied = match place {
+            Place::Root => tree.apply(&record.entries),
+            Place::Below(folder) => tree.apply_below(folder, &record.entries),
+            Place::Within(folder) => tree.apply_within(folder, &record.entries),
+            Place::File(path) => tree.place_file(path, &record.entries),
+        };
+        if let Err(why) = applied {
             return Ok(Err(PullError::Unpack(format!("layer {digest}: {why}"))));
         }
+        stored.push(StoredLayer { digest, size_bytes: layer.blob.size, diff_id: record.diff_id });
     }
-    let layers = layers
-        .iter()
-        .map(|(layer, diff_id)| StoredLayer {
-            digest: layer.blob.digest,
-            size_bytes: layer.blob.size,
-            diff_id: *diff_id,
-        })
-        .collect();
     let new = NewTree {
         digest: image.digest,
         packaging: image.packaging,
-        layers,
+        layers: stored,
         tree: &tree,
         manifest,
         config,

@@ -1,4 +1,4 @@
-//! An OCI image layout: a folder that holds images as files.
+//! An OCI image layout: a folder that holds images as files, or a tar of one.
 //!
 //! ```text
 //! <folder>/oci-layout            {"imageLayoutVersion": "1.0.0"}
@@ -7,7 +7,7 @@
 //! ```
 //! <https://github.com/opencontainers/image-spec/blob/main/image-layout.md>
 //!
-//! In comes the folder's path; out go manifests and ranges of blobs, unverified, as
+//! In comes the folder's or archive's path; out go manifests and ranges of blobs, unverified, as
 //! [`Source`] says. Nothing is opened before it is asked for, and each question reads
 //! `index.json` anew, since `pack` may add to the folder meanwhile.
 //!
@@ -23,15 +23,13 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::StreamExt;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use serde::Deserialize;
 
+use super::archive::{Archive, ArchiveFile};
+use super::part::{Part, check_range};
 use crate::digest::Digest;
-use crate::source::{BlobBody, MAX_MANIFEST_BYTES, ManifestName, RawManifest, Source, SourceError};
-
-/// Bytes read at a time: large enough that the hop to a blocking thread does not show.
-const CHUNK_BYTES: u64 = 1024 * 1024;
+use crate::source::{Audience, BlobBody, ManifestName, RawManifest, Source, SourceError};
 
 /// In an error, so many tags are listed.
 const MAX_TAGS_LISTED: usize = 20;
@@ -39,23 +37,35 @@ const MAX_TAGS_LISTED: usize = 20;
 /// The annotation that tags a manifest in `index.json`.
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// An OCI layout folder to pull from.
+/// An OCI layout to pull from.
 pub struct LayoutSource {
-    folder: Arc<Path>,
+    place: Place,
+}
+
+/// Where the layout is.
+#[derive(Clone)]
+enum Place {
+    Folder(Arc<Path>),
+    Archive(Arc<ArchiveFile>),
 }
 
 impl LayoutSource {
     /// Names the folder; opens nothing yet.
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.into() }
+        Self { place: Place::Folder(folder.into()) }
+    }
+
+    /// Names a tar of a layout; opens nothing yet.
+    pub(super) fn in_archive(path: &Path) -> Self {
+        Self { place: Place::Archive(Arc::new(ArchiveFile::new(path))) }
     }
 
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Layout) -> Result<T, SourceError> + Send + 'static,
     ) -> Result<T, SourceError> {
-        let folder = self.folder.clone();
-        let task = tokio::task::spawn_blocking(move || work(&Layout::open(&folder)?));
+        let place = self.place.clone();
+        let task = tokio::task::spawn_blocking(move || work(&Layout::open(&place)?));
         task.await.map_err(|_| SourceError::Unavailable(format!("{}: interrupted", self.name())))?
     }
 }
@@ -63,7 +73,11 @@ impl LayoutSource {
 #[async_trait]
 impl Source for LayoutSource {
     fn name(&self) -> String {
-        format!("oci:{}", self.folder.display())
+        self.place.name()
+    }
+
+    fn audience(&self) -> Audience {
+        Audience::Everybody
     }
 
     async fn manifest(&self, want: &ManifestName) -> Result<RawManifest, SourceError> {
@@ -88,56 +102,33 @@ impl Source for LayoutSource {
     ) -> Result<BlobBody, SourceError> {
         let blob = *digest;
         let name = format!("blob {digest} of {}", self.name());
-        if range.is_empty() || range.end > size {
-            return Err(SourceError::Invalid(format!(
-                "{name}: no range {}..{} in {size} bytes",
-                range.start, range.end
-            )));
-        }
-        let file = self.blocking(move |layout| layout.blob(&blob, size)).await?;
-        let offset = range.start;
-        let file = Arc::new(file);
-        let chunks = futures_util::stream::try_unfold(range, move |left| {
-            let (file, name) = (file.clone(), name.clone());
-            async move {
-                if left.is_empty() {
-                    return Ok(None);
-                }
-                let read = move || read_chunk(&file, &left).map(|chunk| (chunk, left));
-                let result = tokio::task::spawn_blocking(read).await;
-                let (chunk, left) = result
-                    .map_err(|_| SourceError::Unavailable(format!("{name}: interrupted")))?
-                    .map_err(|error| SourceError::Unavailable(format!("{name}: {error}")))?;
-                let next = left.start + chunk.len() as u64..left.end;
-                // At the end of a file that shrank meanwhile, the body ends early.
-                Ok(if chunk.is_empty() { None } else { Some((chunk, next)) })
-            }
-        });
-        Ok(BlobBody { offset, ranged: true, stream: chunks.boxed() })
+        check_range(&name, &range, size)?;
+        let part = self.blocking(move |layout| layout.blob(&blob, size)).await?;
+        Ok(part.body(name, range))
     }
 }
 
-fn read_chunk(file: &File, left: &Range<u64>) -> io::Result<Bytes> {
-    let length = (left.end - left.start).min(CHUNK_BYTES);
-    let mut chunk = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
-    let (mut offset, end) = (left.start, left.start + length);
-    while offset < end {
-        // The kernel writes into fresh memory, so that nothing has to be zeroed before.
-        let room = rustix::buffer::spare_capacity(&mut chunk);
-        match rustix::io::pread(file, room, offset) {
-            Ok(0) => break,
-            Ok(count) => offset += count as u64,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+impl Place {
+    fn name(&self) -> String {
+        match self {
+            Self::Folder(folder) => format!("oci:{}", folder.display()),
+            Self::Archive(archive) => format!("oci-archive:{}", archive.path().display()),
         }
     }
-    Ok(chunk.into())
 }
 
-/// An opened layout folder; all methods block.
+/// An opened layout; all methods block.
 struct Layout {
-    folder: Arc<Path>,
-    dir: OwnedFd,
+    /// For errors: `layout /x`, `archive /x.tar`.
+    what: String,
+    /// The source's name.
+    name: String,
+    files: Files,
+}
+
+enum Files {
+    Folder(Arc<Path>, OwnedFd),
+    Archive(Arc<Archive>),
 }
 
 #[derive(Deserialize)]
@@ -168,10 +159,53 @@ impl Entry {
 }
 
 impl Layout {
-    fn open(folder: &Arc<Path>) -> Result<Self, SourceError> {
+    fn open(place: &Place) -> Result<Self, SourceError> {
+        let layout = match place {
+            Place::Folder(folder) => Self::open_folder(folder)?,
+            Place::Archive(archive) => {
+                let archive = archive.open()?;
+                let what = format!("archive {}", archive.path().display());
+                Self { what, name: place.name(), files: Files::Archive(archive) }
+            }
+        };
+        let version: Version = match layout.read(Path::new("oci-layout")) {
+            Ok(text) => layout.parse("oci-layout", &text)?,
+            Err(SourceError::NotFound(_)) => {
+                return Err(SourceError::NotFound(format!(
+                    "{}: no OCI layout, it has no file oci-layout; {}",
+                    layout.what,
+                    layout.hint()
+                )));
+            }
+            Err(error) => return Err(error),
+        };
+        // 1.0.0 is the only version there is; a 1.1 would keep what we read.
+        if !version.version.starts_with("1.") {
+            return Err(SourceError::Invalid(format!(
+                "{}: version {:?} is not supported, 1.0.0 is",
+                layout.what,
+                version.version.chars().take(20).collect::<String>()
+            )));
+        }
+        Ok(layout)
+    }
+
+    /// What to do where there is no layout.
+    fn hint(&self) -> &'static str {
+        match &self.files {
+            Files::Archive(archive) if archive.has("manifest.json") => {
+                "as docker-archive: it can be read"
+            }
+            Files::Archive(_) => "make one with skopeo copy",
+            Files::Folder(..) => "make one with carport pack, skopeo copy or oras copy",
+        }
+    }
+
+    fn open_folder(folder: &Arc<Path>) -> Result<Self, SourceError> {
+        let what = format!("layout {}", folder.display());
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         let dir = rustix::fs::open(folder.as_ref(), flags, Mode::empty()).map_err(|error| {
-            let message = format!("layout {}: {}", folder.display(), io::Error::from(error));
+            let message = format!("{what}: {}", io::Error::from(error));
             match error {
                 rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => {
                     SourceError::NotFound(message)
@@ -180,27 +214,8 @@ impl Layout {
                 _ => SourceError::Unavailable(message),
             }
         })?;
-        let layout = Self { folder: folder.clone(), dir };
-        let version: Version = match layout.read(Path::new("oci-layout")) {
-            Ok(text) => layout.parse("oci-layout", &text)?,
-            Err(SourceError::NotFound(_)) => {
-                return Err(SourceError::NotFound(format!(
-                    "layout {}: no OCI layout, it has no file oci-layout; make one with \
-                     carport pack, skopeo copy or oras copy",
-                    folder.display()
-                )));
-            }
-            Err(error) => return Err(error),
-        };
-        // 1.0.0 is the only version there is; a 1.1 would keep what we read.
-        if !version.version.starts_with("1.") {
-            return Err(SourceError::Invalid(format!(
-                "layout {}: version {:?} is not supported, 1.0.0 is",
-                folder.display(),
-                version.version.chars().take(20).collect::<String>()
-            )));
-        }
-        Ok(layout)
+        let name = format!("oci:{}", folder.display());
+        Ok(Self { what, name, files: Files::Folder(Arc::clone(folder), dir) })
     }
 
     fn manifest(&self, want: &ManifestName) -> Result<RawManifest, SourceError> {
@@ -215,7 +230,7 @@ impl Layout {
                 (entry.digest, entry.media_type)
             }
         };
-        let bytes = Bytes::from(self.read(&blob_path(&digest))?);
+        let bytes = self.read(&blob_path(&digest))?;
         let media_type =
             if declared.is_empty() { media_type_of(&bytes).unwrap_or_default() } else { declared };
         Ok(RawManifest { media_type, bytes })
@@ -233,7 +248,7 @@ impl Layout {
             .collect();
         // One manifest may stand there under several tags.
         fits.dedup_by_key(|entry| entry.digest);
-        let place = format!("manifest oci:{}{want}", self.folder.display());
+        let place = format!("manifest {}{want}", self.name);
         match fits.as_slice() {
             [entry] => Ok((*entry).clone()),
             [] if all.is_empty() => {
@@ -257,16 +272,17 @@ impl Layout {
         self.parse("index.json", &text)
     }
 
-    fn blob(&self, digest: &Digest, size: u64) -> Result<File, SourceError> {
+    fn blob(&self, digest: &Digest, size: u64) -> Result<Part, SourceError> {
         let path = blob_path(digest);
-        let (file, length) = self.open_file(&path)?;
-        if length != size {
+        let part = self.open_file(&path)?;
+        if part.length != size {
             return Err(SourceError::Invalid(format!(
-                "{} has {length} bytes, the manifest says {size}; copy the layout again",
-                self.folder.join(path).display()
+                "{} has {} bytes, the manifest says {size}; copy the layout again",
+                self.full(&path),
+                part.length
             )));
         }
-        Ok(file)
+        Ok(part)
     }
 
     fn parse<T: for<'de> Deserialize<'de>>(
@@ -275,49 +291,57 @@ impl Layout {
         text: &[u8],
     ) -> Result<T, SourceError> {
         serde_json::from_slice(text).map_err(|error| {
-            SourceError::Invalid(format!("{}: {error}", self.folder.join(name).display()))
+            SourceError::Invalid(format!("{}: {error}", self.full(Path::new(name))))
         })
     }
 
-    fn read(&self, path: &Path) -> Result<Vec<u8>, SourceError> {
-        let (file, length) = self.open_file(path)?;
-        let full = self.folder.join(path);
-        if length > MAX_MANIFEST_BYTES {
-            return Err(SourceError::Invalid(format!(
-                "{}: {length} bytes are more than the {MAX_MANIFEST_BYTES} allowed",
-                full.display()
-            )));
+    fn read(&self, path: &Path) -> Result<Bytes, SourceError> {
+        self.open_file(path)?.read_document(&self.full(path))
+    }
+
+    fn full(&self, path: &Path) -> String {
+        match &self.files {
+            Files::Folder(folder, _) => folder.join(path).display().to_string(),
+            Files::Archive(archive) => archive.full(&path.display().to_string()),
         }
-        let mut text = Vec::new();
-        io::Read::read_to_end(&mut io::Read::take(file, MAX_MANIFEST_BYTES), &mut text)
-            .map_err(|error| SourceError::Unavailable(format!("{}: {error}", full.display())))?;
-        Ok(text)
+    }
+
+    fn open_file(&self, path: &Path) -> Result<Part, SourceError> {
+        match &self.files {
+            Files::Folder(_, dir) => self.open_in_folder(dir, path),
+            Files::Archive(archive) => archive.part(&path.display().to_string()),
+        }
     }
 
     /// Opens a regular file of the folder. A symlink may lead elsewhere within it (build
     /// tools make such layouts), and nowhere else.
-    fn open_file(&self, path: &Path) -> Result<(File, u64), SourceError> {
-        let full = || self.folder.join(path).display().to_string();
+    fn open_in_folder(&self, dir: &OwnedFd, path: &Path) -> Result<Part, SourceError> {
+        let full = || self.full(path);
         // Without NONBLOCK, opening a FIFO would wait for its writer.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
-        let fd = rustix::fs::openat2(&self.dir, path, flags, Mode::empty(), resolve).map_err(
-            |error| match error {
-                rustix::io::Errno::NOENT => {
-                    SourceError::NotFound(format!("{}: not there; the layout lacks it", full()))
+        let fd =
+            rustix::fs::openat2(dir, path, flags, Mode::empty(), resolve).map_err(|error| {
+                match error {
+                    rustix::io::Errno::NOENT => {
+                        SourceError::NotFound(format!("{}: not there; the layout lacks it", full()))
+                    }
+                    rustix::io::Errno::XDEV | rustix::io::Errno::LOOP => {
+                        SourceError::Invalid(format!("{}: leads out of the layout", full()))
+                    }
+                    rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
+                        SourceError::Denied(format!("{}: {}", full(), io::Error::from(error)))
+                    }
+                    _ => {
+                        SourceError::Unavailable(format!("{}: {}", full(), io::Error::from(error)))
+                    }
                 }
-                rustix::io::Errno::XDEV | rustix::io::Errno::LOOP => {
-                    SourceError::Invalid(format!("{}: leads out of the layout", full()))
-                }
-                rustix::io::Errno::ACCESS | rustix::io::Errno::PERM => {
-                    SourceError::Denied(format!("{}: {}", full(), io::Error::from(error)))
-                }
-                _ => SourceError::Unavailable(format!("{}: {}", full(), io::Error::from(error))),
-            },
-        )?;
+            })?;
         let file = File::from(fd);
         match file.metadata() {
-            Ok(metadata) if metadata.is_file() => Ok((file, metadata.len())),
+            Ok(metadata) if metadata.is_file() => {
+                Ok(Part { file: Arc::new(file), start: 0, length: metadata.len() })
+            }
             Ok(_) => Err(SourceError::Invalid(format!("{}: no regular file", full()))),
             Err(error) => Err(SourceError::Unavailable(format!("{}: {error}", full()))),
         }

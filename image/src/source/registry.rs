@@ -18,7 +18,8 @@
 //!
 //! HTTP/1.1 throughout: a transfer has a TCP connection to itself, which is what lets several
 //! run side by side at full speed. Answers to refusals are read in `answer`, challenges met
-//! in `auth`, credentials found in `credentials`; `upload` is the writing side.
+//! in `auth`, credentials found in `credentials`; `hosts` reads what the container runtime knows of
+//! mirrors, `mirrors` asks them in turn; `upload` is the writing side.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -35,11 +36,15 @@ use tokio::sync::Semaphore;
 
 use crate::digest::Digest;
 use crate::reference::RegistryReference;
-use crate::source::{BlobBody, MAX_MANIFEST_BYTES, ManifestName, RawManifest, Source, SourceError};
+use crate::source::{
+    Audience, BlobBody, MAX_MANIFEST_BYTES, ManifestName, RawManifest, Source, SourceError,
+};
 
 mod answer;
 mod auth;
 mod credentials;
+mod hosts;
+mod mirrors;
 mod upload;
 
 pub use credentials::PullSecret;
@@ -47,6 +52,8 @@ pub(crate) use upload::{Upload, UploadStream};
 
 use answer::{Asked, authority, broken, refused};
 use auth::{Session, Tokens};
+use hosts::{Endpoint, Transport};
+pub use mirrors::MirroredSource;
 
 /// What is asked for when a manifest is: everything that may turn out to be a model.
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
@@ -78,6 +85,9 @@ pub struct RegistryOptions {
     pub read_timeout: Duration,
     /// Blob transfers at a time from one registry; at least 1.
     pub connections_per_registry: usize,
+    /// containerd's folder of `<registry>/hosts.toml`: mirrors, certificates and plain HTTP of
+    /// each registry. A registry without one is asked directly.
+    pub hosts_dir: Option<PathBuf>,
 }
 
 impl Default for RegistryOptions {
@@ -88,6 +98,7 @@ impl Default for RegistryOptions {
             connect_timeout: Duration::from_secs(10),
             read_timeout: Duration::from_secs(60),
             connections_per_registry: 16,
+            hosts_dir: None,
         }
     }
 }
@@ -95,61 +106,99 @@ impl Default for RegistryOptions {
 /// The HTTP side of all registry sources. Cheap to clone.
 #[derive(Clone)]
 pub struct RegistryClient {
-    inner: Arc<Inner>,
+    shared: Arc<Shared>,
+    http: Arc<Http>,
 }
 
-struct Inner {
+/// What all registries share.
+struct Shared {
     options: RegistryOptions,
+    tokens: Tokens,
+    // Held for a look-up only.
+    limits: Mutex<HashMap<String, Arc<Semaphore>>>,
+    /// For registries with certificates of their own; most have none.
+    special: Mutex<HashMap<Transport, Arc<Http>>>,
+}
+
+/// The connections to registries that are reached in one way.
+struct Http {
     /// Follows redirects; gives up when no byte comes.
     pulling: Client,
     /// Follows none and has no time-out of its own: for tokens and uploads, whose bodies
     /// must not be sent elsewhere, and which may take long to be answered.
     plain: Client,
-    tokens: Tokens,
-    // Held for a look-up only.
-    limits: Mutex<HashMap<String, Arc<Semaphore>>>,
+    /// Hosts that are spoken to over HTTP.
+    plain_http: Vec<String>,
 }
 
-impl RegistryClient {
-    pub(super) fn new(options: RegistryOptions) -> Result<Self, SourceError> {
+impl Http {
+    fn new(options: &RegistryOptions, transport: &Transport) -> Result<Self, SourceError> {
         let fail = |error: reqwest::Error| {
             SourceError::Invalid(format!("HTTP client: {}", error.without_url()))
         };
         let common = || {
-            Client::builder()
+            let builder = Client::builder()
                 .user_agent(concat!("carport/", env!("CARGO_PKG_VERSION")))
                 .http1_only()
                 .tcp_nodelay(true)
                 .connect_timeout(options.connect_timeout)
                 .pool_max_idle_per_host(options.connections_per_registry)
                 // The address that a redirect came from may hold a signature.
-                .referer(false)
+                .referer(false);
+            transport.apply(builder)
         };
-        let plain_http = options.plain_http.clone();
+        let mut plain_http = options.plain_http.clone();
+        plain_http.extend(transport.plain_http.clone());
+        let listed = plain_http.clone();
         let redirects = redirect::Policy::custom(move |attempt| {
             if attempt.previous().len() > MAX_REDIRECTS {
                 attempt.error("more than 5 in a row")
-            } else if attempt.url().scheme() != "https" && !is_listed(&plain_http, attempt.url()) {
+            } else if attempt.url().scheme() != "https" && !is_listed(&listed, attempt.url()) {
                 let host = authority(attempt.url());
                 attempt.error(format!(
-                    "{host} is not spoken to over TLS; where that is meant, name it in the \
-                     plain_http list"
+                    "{host} is not spoken to over TLS; where that is meant, add it to \
+                     registries.plainHttp (--plain-http)"
                 ))
             } else {
                 attempt.follow()
             }
         });
-        let pulling = common().redirect(redirects).read_timeout(options.read_timeout).build();
-        let plain = common().redirect(redirect::Policy::none()).build();
-        Ok(Self {
-            inner: Arc::new(Inner {
-                pulling: pulling.map_err(fail)?,
-                plain: plain.map_err(fail)?,
-                options,
-                tokens: Tokens::default(),
-                limits: Mutex::default(),
-            }),
-        })
+        let pulling = common()?.redirect(redirects).read_timeout(options.read_timeout).build();
+        let plain = common()?.redirect(redirect::Policy::none()).build();
+        Ok(Self { pulling: pulling.map_err(fail)?, plain: plain.map_err(fail)?, plain_http })
+    }
+}
+
+impl RegistryClient {
+    pub(super) fn new(options: RegistryOptions) -> Result<Self, SourceError> {
+        let http = Arc::new(Http::new(&options, &Transport::default())?);
+        let shared = Shared {
+            options,
+            tokens: Tokens::default(),
+            limits: Mutex::default(),
+            special: Mutex::default(),
+        };
+        Ok(Self { shared: Arc::new(shared), http })
+    }
+
+    /// The same client over another transport.
+    fn over(&self, transport: &Transport) -> Result<Self, SourceError> {
+        if *transport == Transport::default() {
+            return Ok(self.clone());
+        }
+        let mut special = self.shared.special.lock().unwrap_or_else(PoisonError::into_inner);
+        let http = match special.get(transport) {
+            Some(http) => Arc::clone(http),
+            None => {
+                if special.len() >= MAX_LIMITS {
+                    special.clear();
+                }
+                let http = Arc::new(Http::new(&self.shared.options, transport)?);
+                special.insert(transport.clone(), Arc::clone(&http));
+                http
+            }
+        };
+        Ok(Self { shared: Arc::clone(&self.shared), http })
     }
 
     /// A source of the repository, with the right to pull.
@@ -157,39 +206,78 @@ impl RegistryClient {
         &self,
         reference: &RegistryReference,
         secret: &PullSecret,
+    ) -> Result<MirroredSource, SourceError> {
+        let endpoints = self.endpoints(reference)?;
+        let sources = endpoints.into_iter().map(|endpoint| {
+            let client = self.over(&endpoint.transport)?;
+            let resolves = endpoint.resolves;
+            let repository = Repository::new(&client, endpoint, reference, "pull", secret)?;
+            Ok((RegistrySource { repository: Arc::new(repository) }, resolves))
+        });
+        Ok(MirroredSource::new(sources.collect::<Result<_, SourceError>>()?))
+    }
+
+    /// Where the reference's registry can be asked, mirrors first.
+    fn endpoints(&self, reference: &RegistryReference) -> Result<Vec<Endpoint>, SourceError> {
+        let origin = Endpoint::origin(reference.host(), &self.http.plain_http)?;
+        match &self.shared.options.hosts_dir {
+            Some(folder) => hosts::read(folder, reference.host(), origin),
+            None => Ok(vec![origin]),
+        }
+    }
+
+    /// The registry itself, without its mirrors, with the right to pull.
+    pub(super) fn origin_of(
+        &self,
+        reference: &RegistryReference,
+        secret: &PullSecret,
     ) -> Result<RegistrySource, SourceError> {
-        let repository = Repository::new(self, reference, "pull", secret)?;
+        let repository = self.origin(reference, "pull", secret)?;
         Ok(RegistrySource { repository: Arc::new(repository) })
     }
 
-    /// The repository with the right to push.
+    /// The repository with the right to push. Mirrors are not pushed to.
     pub(crate) fn push_to(
         &self,
         reference: &RegistryReference,
         secret: &PullSecret,
     ) -> Result<Upload, SourceError> {
-        Ok(Upload::new(Repository::new(self, reference, "pull,push", secret)?))
+        Ok(Upload::new(self.origin(reference, "pull,push", secret)?))
+    }
+
+    fn origin(
+        &self,
+        reference: &RegistryReference,
+        actions: &str,
+        secret: &PullSecret,
+    ) -> Result<Repository, SourceError> {
+        // The registry itself is last.
+        let endpoint = self.endpoints(reference)?.pop();
+        let endpoint = endpoint
+            .map_or_else(|| Endpoint::origin(reference.host(), &self.http.plain_http), Ok)?;
+        let client = self.over(&endpoint.transport)?;
+        Repository::new(&client, endpoint, reference, actions, secret)
     }
 
     fn options(&self) -> &RegistryOptions {
-        &self.inner.options
+        &self.shared.options
     }
 
     fn plain(&self) -> &Client {
-        &self.inner.plain
+        &self.http.plain
     }
 
     fn tokens(&self) -> &Tokens {
-        &self.inner.tokens
+        &self.shared.tokens
     }
 
     fn is_plain_http(&self, url: &Url) -> bool {
-        is_listed(&self.inner.options.plain_http, url)
+        is_listed(&self.http.plain_http, url)
     }
 
     fn limit(&self, host: &str) -> Arc<Semaphore> {
-        let mut limits = self.inner.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        let permits = self.inner.options.connections_per_registry.max(1);
+        let mut limits = self.shared.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        let permits = self.shared.options.connections_per_registry.max(1);
         if limits.len() >= MAX_LIMITS {
             limits.retain(|_, limit| Arc::strong_count(limit) > 1);
         }
@@ -214,6 +302,10 @@ struct Repository {
     /// As references write them: `docker.io`, `library/busybox`.
     registry: String,
     repository: String,
+    /// For a mirror of many registries: whose content is meant.
+    namespace: Option<String>,
+    /// To send along, from `hosts.toml`.
+    headers: HeaderMap,
     /// `https://registry-1.docker.io/v2/library/busybox/`.
     base: Url,
     /// The host of `base`, with its port where that is not the scheme's.
@@ -223,34 +315,27 @@ struct Repository {
 impl Repository {
     fn new(
         client: &RegistryClient,
+        endpoint: Endpoint,
         reference: &RegistryReference,
         actions: &str,
         secret: &PullSecret,
     ) -> Result<Self, SourceError> {
-        let registry = reference.host();
-        let repository = reference.repository();
-        let host = match registry {
-            // Docker Hub's name is a website's; its API lives here.
-            "docker.io" => "registry-1.docker.io",
-            host => host,
-        };
-        let address = |scheme: &str| {
-            Url::parse(&format!("{scheme}://{host}/v2/{repository}/")).map_err(|error| {
-                SourceError::Invalid(format!("{registry}/{repository}: no valid address: {error}"))
-            })
-        };
-        // Which scheme decides which port is meant by none; so both are asked.
-        let base = match address("http")? {
-            http if client.is_plain_http(&http) => http,
-            _ => address("https")?,
-        };
+        let (registry, repository) = (reference.host(), reference.repository());
+        let base = endpoint.base.join(&format!("{repository}/")).map_err(|error| {
+            SourceError::Invalid(format!("{registry}/{repository}: no valid address: {error}"))
+        })?;
+        let host = authority(&base);
+        // A mirror has credentials of its own, or none.
+        let login = if endpoint.is_mirror { host.as_str() } else { registry };
         Ok(Self {
-            session: Session::new(registry, repository, actions, secret),
-            limit: client.limit(host),
+            session: Session::new(login, repository, actions, secret),
+            limit: client.limit(&host),
             client: client.clone(),
             registry: registry.to_owned(),
             repository: repository.to_owned(),
-            host: authority(&base),
+            namespace: endpoint.is_mirror.then(|| registry.to_owned()),
+            headers: endpoint.headers,
+            host,
             base,
         })
     }
@@ -278,9 +363,13 @@ impl Repository {
 
     /// `path` below the repository; it is made of checked names, digests and fixed words.
     fn url(&self, path: &str) -> Result<Url, SourceError> {
-        self.base.join(path).map_err(|error| {
+        let mut url = self.base.join(path).map_err(|error| {
             SourceError::Invalid(format!("{}: no valid address: {error}", self.name()))
-        })
+        })?;
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        Ok(url)
     }
 
     fn manifest_url(&self, name: &ManifestName) -> Result<Url, SourceError> {
@@ -304,7 +393,7 @@ impl Repository {
         let mut tries = 1;
         loop {
             let authorization = self.session.authorization(&self.client).await?;
-            let mut request = build();
+            let mut request = build().headers(self.headers.clone());
             if let Some((header, _)) = &authorization {
                 request = request.header(AUTHORIZATION, header.clone());
             }
@@ -343,8 +432,7 @@ impl Source for RegistrySource {
         let repository = &self.repository;
         let asked = repository.asked_manifest(want);
         let url = repository.manifest_url(want)?;
-        let get =
-            || repository.client.inner.pulling.get(url.clone()).header(ACCEPT, MANIFEST_TYPES);
+        let get = || repository.client.http.pulling.get(url.clone()).header(ACCEPT, MANIFEST_TYPES);
         let response = repository.send(&asked, get).await?;
         if response.status() != StatusCode::OK {
             return Err(repository.refused(asked, response).await);
@@ -356,14 +444,11 @@ impl Source for RegistrySource {
     }
 
     async fn resolve(&self, want: &ManifestName) -> Result<Digest, SourceError> {
-        if let ManifestName::Digest(digest) = want {
-            return Ok(*digest);
-        }
         let repository = &self.repository;
         let asked = repository.asked_manifest(want);
         let url = repository.manifest_url(want)?;
         let head = || {
-            let pulling = &repository.client.inner.pulling;
+            let pulling = &repository.client.http.pulling;
             pulling.request(Method::HEAD, url.clone()).header(ACCEPT, MANIFEST_TYPES)
         };
         let response = repository.send(&asked, head).await?;
@@ -376,6 +461,14 @@ impl Source for RegistrySource {
                 Ok(self.manifest(want).await?.digest())
             }
             _ => Err(repository.refused(asked, response).await),
+        }
+    }
+
+    fn audience(&self) -> Audience {
+        // A header from the node's configuration may be a login, too.
+        match self.repository.session.is_anonymous() && self.repository.headers.is_empty() {
+            true => Audience::Everybody,
+            false => Audience::Caller,
         }
     }
 
@@ -398,7 +491,7 @@ impl Source for RegistrySource {
         })?;
         let url = repository.url(&format!("blobs/{digest}"))?;
         let get = || {
-            let request = repository.client.inner.pulling.get(url.clone());
+            let request = repository.client.http.pulling.get(url.clone());
             if range == (0..size) {
                 request
             } else {
@@ -530,7 +623,9 @@ mod tests {
             let crate::reference::Reference::Registry(reference) = text.parse().unwrap() else {
                 panic!("{text}")
             };
-            Repository::new(&client, &reference, "pull", &PullSecret::none())
+            let endpoint = client.endpoints(&reference).unwrap().remove(0);
+            let secret = PullSecret::none();
+            Repository::new(&client, endpoint, &reference, "pull", &secret)
                 .unwrap()
                 .base
                 .to_string()

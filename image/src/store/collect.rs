@@ -49,6 +49,7 @@ impl Store {
                 )));
             }
             let removed = trees::detach(self, digest)?;
+            self.access_records().remove(&digest.hex())?;
             for (name, record) in self.ref_records().list::<super::RefRecord>()? {
                 if record.image == *digest {
                     self.ref_records().remove(&name)?;
@@ -66,6 +67,7 @@ impl Store {
     pub fn collect(&self) -> Result<Collected, StoreError> {
         self.drop_old_partial_layers()?;
         let _exclusive = Lock::exclusive(&self.path("lock"))?;
+        self.drop_unused_views()?;
         let leased = self.leased()?;
         let mut kept: BTreeSet<OsString> = BTreeSet::new();
         let mut records = Vec::new();
@@ -100,6 +102,7 @@ impl Store {
         })?;
 
         // A record of what is not here any more would only mislead.
+        self.drop_access_without_image()?;
         for (name, record) in records {
             if !record.objects().all(|(id, size)| self.has_object(&id, size)) {
                 self.layer_records().remove(&name)?;

@@ -35,6 +35,8 @@ pub(crate) struct Ingest {
 
 #[derive(Serialize, Deserialize)]
 struct Commit {
+    /// What the record is kept under.
+    name: String,
     record: LayerRecord,
     staged: Vec<Staged>,
 }
@@ -132,8 +134,13 @@ impl Ingest {
     }
 
     /// Names the staged files and records the layer. Everything staged is synced already.
-    pub(crate) fn commit(self, record: LayerRecord, staged: Vec<Staged>) -> Result<(), StoreError> {
-        let commit = Commit { record, staged };
+    pub(crate) fn commit(
+        self,
+        name: String,
+        record: LayerRecord,
+        staged: Vec<Staged>,
+    ) -> Result<(), StoreError> {
+        let commit = Commit { name, record, staged };
         let path = self.folder.join(COMMIT);
         let bytes = serde_json::to_vec(&commit)
             .map_err(|e| StoreError::Corrupt(format!("{}: {e}", path.display())))?;
@@ -150,7 +157,7 @@ impl Ingest {
             self.store.name_object(&self.folder, staged)?;
             crash::point("commit: an object has its name");
         }
-        self.store.layer_records().put(&self.digest.hex(), &commit.record)?;
+        self.store.layer_records().put(&commit.name, &commit.record)?;
         crash::point("commit: recorded");
         Ok(())
     }

@@ -254,6 +254,13 @@ fn open_dir(path: &std::path::Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty())
 }
 
+/// Gives a folder of a tree the mode and times that all have.
+pub(super) fn normal_folder(path: &std::path::Path) -> io::Result<()> {
+    let folder = open_dir(path)?;
+    rustix::fs::fchmod(&folder, Mode::from_raw_mode(0o755))?;
+    Ok(rustix::fs::futimens(&folder, &EPOCH)?)
+}
+
 /// Puts a tree out of sight at once; deleting its ten thousand links comes after.
 pub(super) fn detach(store: &Store, digest: &Digest) -> Result<Option<PathBuf>, StoreError> {
     let from = store.tree(digest);

@@ -125,8 +125,8 @@ pub(super) fn broken(asked: &Asked, error: reqwest::Error) -> SourceError {
     }
     if is_tls(&error) {
         return SourceError::Invalid(format!(
-            "{object}: no TLS with {host}: {causes}; where {host} serves plain HTTP, name it in \
-             the plain_http list; where its certificate is your own, add the CA to the system's"
+            "{object}: no TLS with {host}: {causes}; where {host} serves plain HTTP, add it to \
+             registries.plainHttp (--plain-http); where its certificate is your own, add the CA to the system's"
         ));
     }
     SourceError::Unavailable(if error.is_connect() {

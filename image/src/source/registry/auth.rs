@@ -186,6 +186,11 @@ impl Session {
         self.found.get().map_or(Origin::Nowhere, |found| found.origin.clone())
     }
 
+    /// Whether nothing was asked of us so far that only credentials can answer.
+    pub(super) fn is_anonymous(&self) -> bool {
+        self.found.get().is_none_or(|found| found.credential == Credential::Anonymous)
+    }
+
     async fn found(&self, client: &RegistryClient) -> Result<&Found, SourceError> {
         let config = client.options().docker_config.clone();
         self.found
@@ -270,7 +275,7 @@ async fn fetch(
     if url.scheme() != "https" && !(url.scheme() == "http" && client.is_plain_http(&url)) {
         return Err(SourceError::Invalid(format!(
             "{}: the token server {} is not spoken to over TLS; where it serves plain HTTP, \
-             name it in the plain_http list",
+             add it to registries.plainHttp (--plain-http)",
             asked.object, asked.host
         )));
     }

@@ -25,6 +25,7 @@ use docker_credential::{CredentialRetrievalError, DockerCredential};
 use serde::Deserialize;
 
 use crate::digest::Digest;
+use crate::reference::Reference;
 use crate::source::SourceError;
 
 /// Docker's `config.json` is a few kB; a secret in Kubernetes is at most 1 MiB.
@@ -69,6 +70,18 @@ impl PullSecret {
             entry.credential().map_err(fail)?;
         }
         Ok(Self { entries: entries.into() })
+    }
+
+    /// Tells apart who asks for `reference`, without being a credential: of all that the
+    /// secret holds, the entry that would be used counts. Without one the node's own
+    /// configuration is used, which is the same for everybody.
+    pub(crate) fn fingerprint(&self, reference: &Reference) -> Digest {
+        let credential = match reference {
+            Reference::Registry(place) => best(&self.entries, place.host(), place.repository())
+                .and_then(|entry| entry.credential().ok().flatten()),
+            Reference::Layout(_) => None,
+        };
+        credential.unwrap_or(Credential::Anonymous).fingerprint()
     }
 }
 

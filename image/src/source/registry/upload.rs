@@ -75,8 +75,8 @@ impl Upload {
         drain(response).await;
         if target.scheme() != "https" && !self.repository.client.is_plain_http(&target) {
             return Err(SourceError::Invalid(format!(
-                "{}: {} is not spoken to over TLS; where that is meant, name it in the \
-                 plain_http list",
+                "{}: {} is not spoken to over TLS; where that is meant, add it to \
+                 registries.plainHttp (--plain-http)",
                 asked.object,
                 authority(&target)
             )));
@@ -139,7 +139,7 @@ impl Upload {
     }
 
     fn pulling(&self, method: Method, url: &Url) -> RequestBuilder {
-        self.repository.client.inner.pulling.request(method, url.clone())
+        self.repository.client.http.pulling.request(method, url.clone())
     }
 
     fn plain(&self, method: Method, url: &Url) -> RequestBuilder {
