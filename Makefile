@@ -11,7 +11,7 @@ PROGRAMS := cc curl docker-registry fusermount3 protoc skopeo unshare
 
 .PHONY: help
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install the packages that build, tests and demo need (as root, Debian or Ubuntu)
@@ -40,10 +40,23 @@ test: setup ## Run all tests; those that need root, FUSE or a registry say so wh
 	$(CARGO) test --workspace --all-targets
 	$(CARGO) test --workspace --doc
 
+.PHONY: test-conformance
+test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else built by Go where it can be (as root)
+	CSI_SANITY_INSTALL=1 $(CARGO) test --package carport-tests --test node_conformance -- --nocapture
+
+.PHONY: soak
+soak: setup ## 50,000 volumes that come and go; `make test` has 5,000 (as root)
+	CARPORT_SOAK_CYCLES=50000 $(CARGO) test --package carport-tests --test node_soak -- --nocapture
+
+.PHONY: test-gpu
+test-gpu: setup ## Test the GPU inventory against this machine's NVIDIA driver, and print what it reports
+	CARPORT_TEST_GPU=1 $(CARGO) test --package carport-agent --lib -- gpu::nvml_tests::real --nocapture
+
 .PHONY: lint
 lint: setup ## Formatting and lints, warnings refused
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 
 .PHONY: bench
 bench: setup ## Measure carport beside its peers; one JSON object a line in target/bench/results.jsonl (as root)

@@ -11,7 +11,11 @@ const CARPORT: [&str; 4] = [
     "proto/carport/v1/cache.proto",
 ];
 
-const KUBELET: [&str; 2] = ["proto/csi/v1/csi.proto", "proto/pluginregistration/v1/api.proto"];
+const KUBELET: [&str; 3] = [
+    "proto/csi/v1/csi.proto",
+    "proto/pluginregistration/v1/api.proto",
+    "proto/podresources/v1/api.proto",
+];
 
 /// Messages whose derived `Debug` would print secrets, pod tokens or mount
 /// options; `src/redact.rs` writes theirs by hand.

@@ -45,6 +45,8 @@ Examples:
 References:
   registry.example/team/llama:v1          a registry; also @sha256:… or oci://…
   oci:/path/to/layout:tag                 an OCI layout folder
+  oci-archive:/path/to/layout.tar:tag     a tar of one
+  docker-archive:/path/to/saved.tar:name  what docker save writes
 
 Exit codes: 0 done, 1 could not (one line on standard error says what and why), 2 wrong usage.
 Data goes to standard output, progress and logs to standard error.";
@@ -97,6 +99,8 @@ pub enum Output {
     /// For people.
     #[default]
     Text,
+    /// The same with more columns, where a command has more to tell.
+    Wide,
     /// One JSON object or array, with field names that stay.
     Json,
 }
@@ -159,9 +163,18 @@ pub enum Command {
     Status,
     /// Show the GPUs, from the daemon or, where none runs, from NVML.
     ///
+    /// `-o wide` has more columns and the parts of split GPUs.
+    ///
     /// JSON: {provider: {state, message}, driver_version, nvml_version, cuda_driver_version, gpus:
-    /// [{uuid, index, product, memory, health, processes, …}], sampled_at, generation}.
-    Gpus,
+    /// [{uuid, index, product, memory, mig, health: {state, reasons}, faults, telemetry, processes,
+    /// allocatable, allocations: [{pod_namespace, pod_name, container, …}], …}], links: [{uuid_a,
+    /// uuid_b, type, link_count, …}], allocation: {source, message}, sampled_at, generation}.
+    #[command(after_help = "Example:\n  carport gpus --topo")]
+    Gpus {
+        /// Show how the GPUs reach each other, as a matrix.
+        #[arg(long)]
+        topo: bool,
+    },
     /// Ask the daemon how far the models are from being here.
     ///
     /// JSON: an array of {node_name, score, state, missing_bytes, eta_seconds, eta_p90_seconds, fits,
@@ -234,6 +247,9 @@ pub struct RegistryArgs {
     /// A docker config.json with credentials [default: $DOCKER_CONFIG or ~/.docker].
     #[arg(long, env = "CARPORT_DOCKER_CONFIG", value_name = "FILE", value_parser = text::parse_absolute)]
     pub docker_config: Option<PathBuf>,
+    /// containerd's folder of <registry>/hosts.toml: mirrors, certificates, plain HTTP [default: /etc/containerd/certs.d].
+    #[arg(long, env = "CARPORT_HOSTS_DIR", value_name = "DIR", value_parser = text::parse_absolute)]
+    pub hosts_dir: Option<PathBuf>,
 }
 
 /// Flags of `carport pull`.
@@ -334,6 +350,9 @@ impl RegistryArgs {
         }
         if self.docker_config.is_some() {
             config.registries.docker_config.clone_from(&self.docker_config);
+        }
+        if self.hosts_dir.is_some() {
+            config.registries.hosts_dir.clone_from(&self.hosts_dir);
         }
     }
 }

@@ -109,7 +109,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Mount(arguments) => mount::mount(&cli.global, config, arguments).await,
             Command::Umount { target } => mount::umount(output, &config, &target),
             Command::Status => status::run(output, &config).await,
-            Command::Gpus => gpus::run(output, &config).await,
+            Command::Gpus { topo } => gpus::run(output, topo, &config).await,
             Command::Locate(arguments) => locate::run(output, &config, arguments).await,
         }
     });

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use carport_image::pull::PullOptions;
+use carport_image::pull::{AccessCheck, PullOptions, RegistryAway};
 use carport_image::source::RegistryOptions;
 use serde::{Deserialize, Serialize};
 
@@ -90,6 +90,21 @@ pub struct Csi {
     /// name images in registries only.
     #[serde(deserialize_with = "text::absolutes")]
     pub layout_folders: Vec<PathBuf>,
+    /// Who gets an image that is on the node already.
+    pub image_access: ImageAccess,
+}
+
+/// Who gets an image that is on the node already.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct ImageAccess {
+    /// Whether the registry is asked if it would give the image to this pod, too.
+    pub verify: bool,
+    /// For how long its answer counts.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
+    pub remember_for: Duration,
+    /// What to do when it gives none.
+    pub registry_away: RegistryAway,
 }
 
 /// How registries are spoken to.
@@ -103,6 +118,10 @@ pub struct Registries {
     /// A docker `config.json` with credentials; absent: `$DOCKER_CONFIG` or `~/.docker`.
     #[serde(deserialize_with = "text::optional_absolute")]
     pub docker_config: Option<PathBuf>,
+    /// containerd's folder of `<registry>/hosts.toml`, whose mirrors, certificates and plain HTTP
+    /// hold for pulls here, too; null for none. It need not exist.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub hosts_dir: Option<PathBuf>,
     /// How long a connection may take to come about.
     #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
     pub connect_timeout: Duration,
@@ -153,6 +172,11 @@ pub struct Gpu {
     /// How often the GPUs are looked at.
     #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
     pub interval: Duration,
+    /// The kubelet's PodResources socket; absent: below `csi.kubeletDir`.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub pod_resources: Option<PathBuf>,
+    /// Errors of the driver (XIDs) that make a GPU unhealthy, in place of the usual ones.
+    pub fatal_xids: Vec<u32>,
 }
 
 /// What is logged, to standard error.
@@ -215,6 +239,18 @@ impl Default for Csi {
             driver_name: "csi.carport.dev".into(),
             kubelet_dir: "/var/lib/kubelet".into(),
             layout_folders: Vec::new(),
+            image_access: ImageAccess::default(),
+        }
+    }
+}
+
+impl Default for ImageAccess {
+    fn default() -> Self {
+        Self {
+            verify: true,
+            // A right that is taken back is then felt within the hour; a registry is asked once an hour.
+            remember_for: Duration::from_secs(3600),
+            registry_away: RegistryAway::AllowKnown,
         }
     }
 }
@@ -224,6 +260,7 @@ impl Default for Registries {
         Self {
             plain_http: Vec::new(),
             docker_config: None,
+            hosts_dir: Some("/etc/containerd/certs.d".into()),
             connect_timeout: Duration::from_secs(10),
             read_timeout: Duration::from_secs(60),
             // Two layers at four connections, and as much again for a second pull.
@@ -246,7 +283,13 @@ impl Default for Pull {
 
 impl Default for Gpu {
     fn default() -> Self {
-        Self { enabled: true, library: None, interval: Duration::from_secs(10) }
+        Self {
+            enabled: true,
+            library: None,
+            interval: Duration::from_secs(10),
+            pod_resources: None,
+            fatal_xids: crate::gpu::xid::FATAL.to_vec(),
+        }
     }
 }
 
@@ -314,7 +357,14 @@ impl Config {
             connect_timeout: self.registries.connect_timeout,
             read_timeout: self.registries.read_timeout,
             connections_per_registry: self.registries.connections,
+            hosts_dir: self.registries.hosts_dir.clone(),
         }
+    }
+
+    /// What `carport-csi` wants to know of it; nothing where images are everybody's.
+    pub fn access_check(&self) -> Option<AccessCheck> {
+        let ImageAccess { verify, remember_for, registry_away } = self.csi.image_access;
+        verify.then_some(AccessCheck { remember_for, registry_away })
     }
 
     /// What the GPU thread wants to know of it.
@@ -323,6 +373,12 @@ impl Config {
             enabled: self.gpu.enabled,
             library: self.gpu.library.clone(),
             interval: self.gpu.interval,
+            pod_resources: self
+                .gpu
+                .pod_resources
+                .clone()
+                .unwrap_or_else(|| self.csi.kubelet_dir.join("pod-resources").join("kubelet.sock")),
+            fatal_xids: self.gpu.fatal_xids.clone(),
             ..GpuOptions::default()
         }
     }

@@ -3,8 +3,9 @@
 //! NVML goes in, plain [`GpuInventory`] values come out.
 //!
 //! ```text
-//! libnvidia-ml.so.1 ─► NvmlProbe ─► History ─► watch ─┬─► GpuReader ─► API, status
-//!        (one owner thread: `owner`)                  └─► `table` for `carport gpus`
+//! libnvidia-ml.so.1 ─► NvmlProbe ─► History ─► watch ─┐
+//!        (one owner thread: `owner`)                  ├─► GpuReader ─► API, status
+//! kubelet ─► `pod_resources` ─► Allocations ─► watch ─┘
 //! ```
 //!
 //! # What always holds
@@ -17,17 +18,27 @@
 //! - **One GPU's trouble is its own.** The others are reported as if it were well.
 //! - **Nothing is made up.** What could not be measured is `None`.
 //!
-//! What NVML is to the wire is the business of the API; which pod holds which GPU
-//! is not known here.
+//! What NVML is to the wire is the business of the API; which GPUs are free, of
+//! [`crate::placement::gpus`].
 
+mod allocation;
 mod history;
 mod inventory;
+mod links;
+mod mig;
 mod nvml;
+mod nvml_events;
+mod nvml_links;
+mod nvml_mig;
 mod nvml_quirks;
+mod nvml_raw;
 mod owner;
+mod pod_resources;
 mod probe;
 mod sysfs;
 pub mod table;
+pub mod topo;
+pub mod xid;
 
 #[cfg(test)]
 mod conformance;
@@ -40,12 +51,17 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{oneshot, watch};
+use tokio::task::AbortHandle;
 use tracing::{error, warn};
 
+use self::allocation::Allocations;
+pub use self::allocation::{Allocation, AllocationSource, AllocationState};
 pub use self::inventory::{
-    Architecture, ComputeCapability, Gpu, GpuInventory, GpuMemory, GpuProcess, Health, HealthState,
-    Mig, Provider, ProviderState, Reason, Telemetry,
+    Architecture, ComputeCapability, Faults, Gpu, GpuInventory, GpuMemory, GpuProcess, Health,
+    HealthState, Provider, ProviderState, Reason, RecoveryAction, Telemetry,
 };
+pub use self::links::{Fabric, GpuLink, LinkType, PcieLink};
+pub use self::mig::{Mig, MigDevice, MigProfile};
 use self::nvml::NvmlProbe;
 use self::owner::Pace;
 use self::probe::GpuProbe;
@@ -65,6 +81,10 @@ pub struct GpuOptions {
     pub retry_interval: Duration,
     /// The mounted sysfs.
     pub sysfs: PathBuf,
+    /// The kubelet's PodResources socket.
+    pub pod_resources: PathBuf,
+    /// Errors of the driver (XIDs) that make a GPU unhealthy.
+    pub fatal_xids: Vec<u32>,
 }
 
 impl Default for GpuOptions {
@@ -76,11 +96,14 @@ impl Default for GpuOptions {
             interval: Duration::from_secs(10),
             retry_interval: Duration::from_secs(60),
             sysfs: "/sys".into(),
+            fatal_xids: xid::FATAL.to_vec(),
+            pod_resources: "/var/lib/kubelet/pod-resources/kubelet.sock".into(),
         }
     }
 }
 
-/// Starts looking, in a thread of its own, and returns at once.
+/// Starts looking, in a thread of its own, and returns at once. Called within a runtime,
+/// unless switched off.
 ///
 /// # Errors
 ///
@@ -92,7 +115,14 @@ pub fn start(options: GpuOptions) -> std::io::Result<GpuHandle> {
         return Ok(idle(GpuInventory::none(ProviderState::Disabled, message)));
     }
     let pace = Pace { interval: options.interval, retry_interval: options.retry_interval };
-    start_with(NvmlProbe::new(options.library, Sysfs::new(options.sysfs)), pace)
+    let sysfs = Sysfs::new(options.sysfs);
+    let probe = NvmlProbe::new(options.library, sysfs, options.fatal_xids);
+    let mut handle = start_with(probe, pace)?;
+    let allocations = handle.allocations.clone();
+    let (socket, patience) = (options.pod_resources, pod_resources::PATIENCE);
+    let follow = pod_resources::follow(socket, options.interval, patience, allocations);
+    handle.asking = Some(tokio::spawn(follow).abort_handle());
+    Ok(handle)
 }
 
 /// Looks once, and waits for it no longer than `patience`: for a command that runs
@@ -105,10 +135,16 @@ pub async fn look_once(options: GpuOptions, patience: Duration) -> std::io::Resu
     let handle = start(options)?;
     let mut reader = handle.reader();
     let started = Instant::now();
-    if reader.current().provider.state == ProviderState::Stale {
-        // Out of patience is what the inventory then says.
-        let _ = tokio::time::timeout(patience, reader.changed()).await;
-    }
+    let both = async {
+        while reader.latest.borrow().sampled_at.is_none() && handle.owner.is_some() {
+            let _ = reader.latest.changed().await;
+        }
+        while reader.allocations.borrow().is_not_asked() && handle.asking.is_some() {
+            let _ = reader.allocations.changed().await;
+        }
+    };
+    // Out of patience is what the inventory then says.
+    let _ = tokio::time::timeout(patience, both).await;
     let inventory = GpuInventory::clone(&reader.current());
     handle.shutdown(patience.saturating_sub(started.elapsed())).await;
     Ok(inventory)
@@ -124,12 +160,12 @@ fn start_with(probe: impl GpuProbe + 'static, pace: Pace) -> std::io::Result<Gpu
         owner::run(probe, pace, &inventories, &stopped);
     })?;
     let owner = Owner { stop, thread, is_done };
-    Ok(GpuHandle { reader: GpuReader { latest }, owner: Some(owner), _idle: None })
+    Ok(GpuHandle::new(latest, Some(owner), None))
 }
 
 fn idle(inventory: GpuInventory) -> GpuHandle {
     let (sender, latest) = watch::channel(Arc::new(inventory));
-    GpuHandle { reader: GpuReader { latest }, owner: None, _idle: Some(sender) }
+    GpuHandle::new(latest, None, Some(sender))
 }
 
 /// The running look at the GPUs. Dropping it stops it too, without waiting.
@@ -137,6 +173,10 @@ fn idle(inventory: GpuInventory) -> GpuHandle {
 pub struct GpuHandle {
     reader: GpuReader,
     owner: Option<Owner>,
+    /// Where what the kubelet says is published.
+    allocations: watch::Sender<Arc<Allocations>>,
+    /// The task that asks the kubelet.
+    asking: Option<AbortHandle>,
     /// Keeps the channel of a switched-off inventory open.
     _idle: Option<watch::Sender<Arc<GpuInventory>>>,
 }
@@ -151,6 +191,17 @@ struct Owner {
 }
 
 impl GpuHandle {
+    fn new(
+        latest: watch::Receiver<Arc<GpuInventory>>,
+        owner: Option<Owner>,
+        idle: Option<watch::Sender<Arc<GpuInventory>>>,
+    ) -> Self {
+        let not_asked = Arc::new(Allocations::none(pod_resources::NOT_ASKED));
+        let (allocations, seen) = watch::channel(not_asked);
+        let reader = GpuReader { latest, allocations: seen };
+        Self { reader, owner, allocations, asking: None, _idle: idle }
+    }
+
     /// A view of the inventory, for as many readers as there are.
     pub fn reader(&self) -> GpuReader {
         self.reader.clone()
@@ -158,8 +209,8 @@ impl GpuHandle {
 
     /// Closes NVML and joins the thread. A thread that hangs in the driver for
     /// longer than `patience` is left behind: it ends with the process.
-    pub async fn shutdown(self, patience: Duration) {
-        let Some(Owner { stop, thread, is_done }) = self.owner else { return };
+    pub async fn shutdown(mut self, patience: Duration) {
+        let Some(Owner { stop, thread, is_done }) = self.owner.take() else { return };
         drop(stop);
         if tokio::time::timeout(patience, is_done).await.is_err() {
             let waited_ms = patience.as_millis();
@@ -170,20 +221,36 @@ impl GpuHandle {
     }
 }
 
-/// Reads the inventory; cheap to clone, never waits for the driver.
+impl Drop for GpuHandle {
+    fn drop(&mut self) {
+        if let Some(asking) = &self.asking {
+            asking.abort();
+        }
+    }
+}
+
+/// Reads the inventory; cheap to clone, never waits for the driver or the kubelet.
 #[derive(Clone, Debug)]
 pub struct GpuReader {
     latest: watch::Receiver<Arc<GpuInventory>>,
+    allocations: watch::Receiver<Arc<Allocations>>,
 }
 
 impl GpuReader {
     /// The last answer; [`ProviderState::Stale`] if it is too old.
     pub fn current(&self) -> Arc<GpuInventory> {
-        self.latest.borrow().as_of(Instant::now())
+        let latest = self.latest.borrow().clone();
+        self.joined(&latest)
+    }
+
+    fn joined(&self, latest: &Arc<GpuInventory>) -> Arc<GpuInventory> {
+        let mut inventory = latest.as_of(Instant::now());
+        self.allocations.borrow().join(Arc::make_mut(&mut inventory));
+        inventory
     }
 
     /// Waits for an answer that this reader has not seen. Answers come at every
-    /// look, whether or not they differ; compare
+    /// look, whether or not they differ, and when pods come and go; compare
     /// [`generation`](GpuInventory::generation) for changes of shape. Turning
     /// stale is no answer and wakes nobody. After the shutdown it waits for ever.
     ///
@@ -191,9 +258,17 @@ impl GpuReader {
     ///
     /// Dropping the future loses no answer.
     pub async fn changed(&mut self) -> Arc<GpuInventory> {
-        if self.latest.changed().await.is_err() {
-            std::future::pending::<()>().await;
+        tokio::select! {
+            changed = self.latest.changed() => {
+                if changed.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+            // Its end is that of the other one.
+            Ok(()) = self.allocations.changed() => {}
         }
-        self.latest.borrow_and_update().as_of(Instant::now())
+        self.allocations.mark_unchanged();
+        let latest = self.latest.borrow_and_update().clone();
+        self.joined(&latest)
     }
 }

@@ -1,10 +1,12 @@
 //! What the agent measures: one table of `carport_*` metrics.
 //!
 //! Counters and histograms are fed where things happen; gauges are read from the node's state
-//! when somebody scrapes. Labels take a few fixed values: no digest, tag or pod. All of
-//! them exist from the start, so that a rate over them does not begin with a gap.
+//! when somebody scrapes. Labels take a few fixed values: no digest, tag or pod; they exist
+//! from the start, so that a rate over them does not begin with a gap. Those of single GPUs
+//! come and go with them.
 //! `docs/metrics.md` describes each; a test holds it true.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use carport_image::pull::{PullProgress, PullState};
@@ -21,8 +23,10 @@ use crate::gpu::ProviderState;
 use crate::placement::gpus::by_health;
 use crate::state::{NodeState, in_flight, same_pull};
 
+mod gpus;
 mod volumes;
 
+use gpus::GpuMetrics;
 pub use volumes::VolumeMetrics;
 
 /// What an OpenMetrics scraper expects to be told.
@@ -33,6 +37,8 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub struct Metrics {
     registry: Registry,
     node: NodeMetrics,
+    /// Held while gauges are set and written out: what vanished must not be seen missing.
+    scrape: Mutex<()>,
     /// Pulls.
     pub pulls: PullMetrics,
     /// The pre-pull list.
@@ -72,6 +78,7 @@ struct NodeMetrics {
     objects: Gauge,
     gpus: Family<StateLabel, Gauge>,
     provider: Family<StateLabel, Gauge>,
+    each_gpu: GpuMetrics,
 }
 
 #[derive(Debug, Clone, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -134,7 +141,7 @@ impl Default for Metrics {
         let prepull = PrepullMetrics::new(&mut registry);
         let volumes = VolumeMetrics::new(&mut registry);
         let node = NodeMetrics::new(&mut registry);
-        Self { registry, node, pulls, prepull, volumes }
+        Self { registry, node, scrape: Mutex::default(), pulls, prepull, volumes }
     }
 }
 
@@ -145,6 +152,7 @@ impl Metrics {
     ///
     /// Never in practice: writing to a string does not fail.
     pub fn encode(&self, state: &NodeState) -> Result<String, std::fmt::Error> {
+        let _scrape = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         self.node.read(state);
         let mut text = String::with_capacity(8 * 1024);
         encode(&mut text, &self.registry)?;
@@ -268,6 +276,7 @@ impl NodeMetrics {
             "What stands between the agent and the GPUs: 1 for the state that holds",
             provider.clone(),
         );
+        let each_gpu = GpuMetrics::new(registry);
         let mut gauge = |name: &str, help: &str| {
             let gauge = Gauge::default();
             registry.register(name, help, gauge.clone());
@@ -288,6 +297,7 @@ impl NodeMetrics {
             objects: gauge("store_objects", "Files of distinct content in the store"),
             gpus,
             provider,
+            each_gpu,
         }
     }
 
@@ -311,6 +321,7 @@ impl NodeMetrics {
             let holds = provider == gpus.provider.state;
             self.provider.get_or_create(&label).set(holds.into());
         }
+        self.each_gpu.read(&gpus);
     }
 }
 
@@ -328,7 +339,10 @@ mod tests {
     fn the_document_names_every_metric_and_no_other() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
         let document = std::fs::read_to_string(path).unwrap();
-        let text = Metrics::default().encode(&node(vec![])).unwrap();
+        // A family without GPUs is not written.
+        let mut state = node(vec![]);
+        state.gpus = gpus::tests::one_gpu();
+        let text = Metrics::default().encode(&state).unwrap();
         let mut described: Vec<String> = Vec::new();
         for line in text.lines().filter(|line| line.starts_with("# TYPE ")) {
             let mut words = line.split(' ').skip(2);

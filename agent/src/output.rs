@@ -23,7 +23,7 @@ pub fn print<T: Serialize + ?Sized>(
 ) -> anyhow::Result<()> {
     let mut rendered = match output {
         Output::Json => serde_json::to_string_pretty(value).context("write json")?,
-        Output::Text => text(value),
+        Output::Text | Output::Wide => text(value),
     };
     if !rendered.is_empty() && !rendered.ends_with('\n') {
         rendered.push('\n');

@@ -100,7 +100,10 @@ impl Agent {
         let sources = Sources::new(config.registry_options())?;
         let puller = Puller::new(store, sources, config.pull_options());
         let layouts = LayoutFolders::new(&config.csi.layout_folders);
-        let volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
+        let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
+        if let Some(check) = config.access_check() {
+            volumes = volumes.with_access_check(check);
+        }
         let metrics = Arc::new(Metrics::default());
         let driver = match config.csi.enabled {
             true => Some(bind_driver(&config, &volumes, &metrics)?),

@@ -198,6 +198,7 @@ mod tests {
 #[cfg(test)]
 pub(crate) mod fixtures {
     use super::*;
+    use carport_csi::mount::MountOptions;
     use carport_csi::volume::{TargetPath, VolumeId};
     use carport_image::manifest::Packaging;
 
@@ -242,6 +243,9 @@ pub(crate) mod fixtures {
             image: "r/a:1".parse().unwrap(),
             digest,
             path: None,
+            filter: None,
+            view: None,
+            options: MountOptions::default(),
             bytes: 1,
             files: 1,
             pod: None,

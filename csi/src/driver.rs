@@ -8,7 +8,8 @@
 //! ```
 //!
 //! The kubelet calls the CSI socket as soon as it sees the registration socket, and that
-//! has to answer within a second: so it is shown last, and goes first.
+//! has to answer within a second: so it is shown last, and goes first. In between it is shown
+//! again whenever somebody removes it: see [`crate::registration`].
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -17,17 +18,17 @@ use std::time::Duration;
 
 use carport_proto::csi::v1::identity_server::IdentityServer;
 use carport_proto::csi::v1::node_server::NodeServer;
-use carport_proto::pluginregistration::v1::registration_server::RegistrationServer;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
 use crate::call::{Call, Observer};
 use crate::identity::IdentityService;
 use crate::node::NodeService;
-use crate::registration::RegistrationService;
+use crate::registration::Registered;
 use crate::socket::{BindError, Socket};
 use crate::volume::Volumes;
 
@@ -196,7 +197,7 @@ impl BoundDriver {
     ///
     /// When serving ends without being asked to.
     pub async fn serve(mut self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
-        let stop = CancellationToken::new();
+        let (stop, hide) = (CancellationToken::new(), CancellationToken::new());
         let mut servers = JoinSet::new();
 
         let identity = IdentityService { config: Arc::clone(&self.config) };
@@ -209,12 +210,12 @@ impl BoundDriver {
             .add_service(IdentityServer::new(identity))
             .add_service(NodeServer::new(node));
         start(&mut servers, "csi", csi, &mut self.csi, &stop)?;
-        if let Some(socket) = &mut self.registration {
-            let service = RegistrationService { config: Arc::clone(&self.config) };
-            let registration = Server::builder().add_service(RegistrationServer::new(service));
-            start(&mut servers, "registration", registration, socket, &stop)?;
-            socket.show()?;
-        }
+        let registered = match self.registration.take() {
+            Some(socket) => Some(Registered::show(&self.config, socket)?),
+            None => None,
+        };
+        let mut registered =
+            registered.map(|shown| AbortOnDropHandle::new(tokio::spawn(shown.keep(hide.clone()))));
         tracing::info!(driver = self.config.name(), endpoint = %self.config.endpoint().display(),
             registered_at = self.config.registration().map(|p| tracing::field::display(p.display())),
             "serving CSI");
@@ -223,7 +224,12 @@ impl BoundDriver {
             () = shutdown => None,
             ended = servers.join_next() => ended,
         };
-        drop(self.registration);
+        hide.cancel();
+        if let Some(registered) = &mut registered
+            && let Err(error) = registered.await
+        {
+            tracing::error!(%error, "the registration ended before");
+        }
         self.volumes.stop();
         stop.cancel();
         let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {
@@ -245,9 +251,9 @@ impl BoundDriver {
     }
 }
 
-type Ended = (&'static str, Result<(), tonic::transport::Error>);
+pub(crate) type Ended = (&'static str, Result<(), tonic::transport::Error>);
 
-fn start(
+pub(crate) fn start(
     servers: &mut JoinSet<Ended>,
     what: &'static str,
     router: Router,

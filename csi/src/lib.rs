@@ -16,6 +16,7 @@
 //! starts and stops is the agent's.
 
 mod call;
+mod crash;
 mod deadline;
 pub mod driver;
 pub mod fuse;

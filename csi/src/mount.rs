@@ -45,7 +45,8 @@ pub trait Mounter: Send + Sync + fmt::Debug {
     /// [`MountError::NotInImage`] when it is not there or not a folder.
     fn identify(&self, tree: &Tree) -> Result<FolderId, MountError>;
 
-    /// Shows `tree` at `target`, read-only, without set-user-id and devices.
+    /// Shows `tree` at `target`, read-only, without set-user-id and devices, and as
+    /// `options` say.
     ///
     /// `target` must be [`TargetState::Empty`]; what is there already is not
     /// looked at. Either all of it is done or nothing.
@@ -54,7 +55,12 @@ pub trait Mounter: Send + Sync + fmt::Debug {
     ///
     /// [`MountError::NotInImage`] as for [`Mounter::identify`], and whatever the
     /// kernel says to the mount.
-    fn mount_tree(&self, tree: &Tree, target: &Path) -> Result<(), MountError>;
+    fn mount_tree(
+        &self,
+        tree: &Tree,
+        target: &Path,
+        options: MountOptions,
+    ) -> Result<(), MountError>;
 
     /// Takes away every mount at exactly `target`, dead ones included. What is open
     /// stays readable until it is closed. An absent target is fine.
@@ -74,6 +80,14 @@ pub struct Tree {
     pub rootfs: PathBuf,
     /// A folder inside it, instead of all of it.
     pub path: Option<ImagePath>,
+}
+
+/// What can be chosen of a mount.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct MountOptions {
+    /// No program can be started from it.
+    #[serde(default)]
+    pub noexec: bool,
 }
 
 /// A path inside an image, relative to its root: no `..`, no empty part.
@@ -177,12 +191,14 @@ pub struct MountPoint {
 
 impl MountPoint {
     /// The image whose tree this mount shows, judged by the place in a store:
-    /// `…/trees/<digest>/rootfs[/…]`.
+    /// `…/trees/<digest>/rootfs[/…]`, or `…/trees/<digest>/views/<name>/rootfs`.
     pub fn shown_image(&self) -> Option<Digest> {
         let parts: Vec<&str> =
             self.root.components().filter_map(|part| part.as_os_str().to_str()).collect();
-        parts.windows(3).find_map(|three| match three {
-            ["trees", hex, "rootfs"] => Digest::from_hex(hex).ok(),
+        (0..parts.len()).find_map(|n| match &parts[n..] {
+            ["trees", hex, "rootfs", ..] | ["trees", hex, "views", _, "rootfs", ..] => {
+                Digest::from_hex(hex).ok()
+            }
             _ => None,
         })
     }
@@ -262,6 +278,8 @@ mod tests {
         let root = format!("/lib/carport/trees/{}/rootfs", digest.hex());
         assert_eq!(point(&root).shown_image(), Some(digest));
         assert_eq!(point(&format!("{root}/models")).shown_image(), Some(digest));
+        let view = format!("/lib/carport/trees/{0}/views/{0}/rootfs", digest.hex());
+        assert_eq!(point(&view).shown_image(), Some(digest));
         assert_eq!(point("/lib/trees/short/rootfs").shown_image(), None);
         assert_eq!(point("/").shown_image(), None);
     }

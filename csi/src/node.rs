@@ -45,6 +45,9 @@ const DOCKER_CONFIG_KEY: &str = ".dockerconfigjson";
 /// silently would be worse.
 const GRANTED_OPTIONS: [&str; 3] = ["ro", "nosuid", "nodev"];
 
+/// The one that is a choice: what the attribute of the same name says.
+const NOEXEC: &str = "noexec";
+
 /// gRPC sends messages in a header; some peers take 8 KiB of headers and no more.
 const MAX_MESSAGE_CHARS: usize = 1000;
 
@@ -182,17 +185,13 @@ fn parse_publish(
     deadline: Instant,
 ) -> Result<PublishRequest, Status> {
     let (volume_id, target) = parse_place(&request.volume_id, &request.target_path)?;
-    check_capability(request.volume_capability.as_ref())?;
+    let noexec = check_capability(request.volume_capability.as_ref())?;
     let context = request.volume_context.iter().map(|(key, value)| (&**key, &**value));
     // `readonly` is not looked at: the kubelet says false for inline volumes that nobody
     // means to write, and every volume is read-only.
-    Ok(PublishRequest {
-        volume_id,
-        target,
-        attributes: VolumeAttributes::parse(context)?,
-        secret: parse_secret(request)?,
-        deadline,
-    })
+    let mut attributes = VolumeAttributes::parse(context)?;
+    attributes.options.noexec |= noexec;
+    Ok(PublishRequest { volume_id, target, attributes, secret: parse_secret(request)?, deadline })
 }
 
 fn parse_place(volume_id: &str, target: &str) -> Result<(VolumeId, TargetPath), InvalidRequest> {
@@ -200,8 +199,8 @@ fn parse_place(volume_id: &str, target: &str) -> Result<(VolumeId, TargetPath), 
 }
 
 /// Any access mode will do: all that is given is reading. `fs_type` says nothing about
-/// a tree of files.
-fn check_capability(capability: Option<&VolumeCapability>) -> Result<(), Status> {
+/// a tree of files. Answers whether no program may be started.
+fn check_capability(capability: Option<&VolumeCapability>) -> Result<bool, Status> {
     let invalid = |why: &str| Err(Status::invalid_argument(format!("volume capability: {why}")));
     match capability.map(|capability| &capability.access_type) {
         None => invalid("missing"),
@@ -211,9 +210,12 @@ fn check_capability(capability: Option<&VolumeCapability>) -> Result<(), Status>
         }
         Some(Some(AccessType::Mount(MountVolume { mount_flags, .. }))) => {
             // Not repeated: mount options may hold secrets.
-            match mount_flags.iter().all(|flag| GRANTED_OPTIONS.contains(&&**flag)) {
-                true => Ok(()),
-                false => invalid("mount options other than ro, nosuid, nodev are not supported"),
+            let granted = |flag: &String| *flag == NOEXEC || GRANTED_OPTIONS.contains(&&**flag);
+            match mount_flags.iter().all(granted) {
+                true => Ok(mount_flags.iter().any(|flag| flag == NOEXEC)),
+                false => {
+                    invalid("mount options other than ro, nosuid, nodev, noexec are not supported")
+                }
             }
         }
     }
@@ -244,6 +246,7 @@ fn publish_code(error: &PublishError) -> Code {
         PublishError::Occupied { .. } => Code::FailedPrecondition,
         PublishError::Incompatible { .. } => Code::AlreadyExists,
         PublishError::LayoutRefused { .. } => Code::PermissionDenied,
+        PublishError::NothingShown(_) => Code::NotFound,
         PublishError::Pull(error) => pull_code(error),
         PublishError::StillPulling(_) => Code::DeadlineExceeded,
         // Uncertain: another call may have done, or may do, what is asked for.

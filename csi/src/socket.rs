@@ -99,6 +99,16 @@ impl Socket {
         Ok(())
     }
 
+    /// Where it is, or would be, shown.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it is what stands at its path.
+    pub(crate) fn is_in_place(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.inode)
+    }
+
     /// The listener, for serving. Once.
     pub(crate) fn listener(&mut self) -> io::Result<tokio::net::UnixListener> {
         let listener = self.listener.take().ok_or(ErrorKind::NotConnected)?;

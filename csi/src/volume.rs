@@ -17,6 +17,8 @@
 //! - **Records first.** A volume's record is on disk before its mount is made and until it is
 //!   gone; while it is there the store keeps the image.
 //! - **Unpublish needs a name only**: no image, no registry, no pull.
+//! - **A secret's image is a secret.** With an [`AccessCheck`], what was pulled with one pod's
+//!   credentials is mounted for another only after the registry has accepted that pod's own.
 //! - **A caller who goes away breaks nothing**: what was begun on a target is ended, and a
 //!   pull that was waited for goes on.
 //!
@@ -27,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use carport_image::pull::{PullHandle, PullRequest};
+use carport_image::pull::{AccessCheck, PullHandle, PullRequest};
 use carport_image::source::PullSecret;
 use carport_image::store::StoreError;
 use carport_image::{Digest, Puller};
@@ -36,8 +38,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 mod attributes;
+#[cfg(test)]
+mod crash_tests;
 mod disk;
 mod error;
+mod filter;
 mod layouts;
 mod progress;
 mod record;
@@ -47,6 +52,7 @@ mod tests;
 
 pub use attributes::{InvalidRequest, PodInfo, TargetPath, VolumeAttributes, VolumeId};
 pub use error::{PublishError, StatsError, UnpublishError};
+pub use filter::Filter;
 pub use layouts::LayoutFolders;
 pub use record::VolumeRecord;
 
@@ -62,6 +68,7 @@ const STATS_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Volumes {
     inner: Arc<Inner>,
+    access: Option<AccessCheck>,
 }
 
 struct Inner {
@@ -141,7 +148,7 @@ enum Interrupted {
 
 impl Volumes {
     /// Volumes of the puller's store, of images from registries and from layouts in
-    /// `layouts`. Changes nothing; see [`Volumes::reconcile`].
+    /// `layouts`, each for everybody. Changes nothing; see [`Volumes::reconcile`].
     pub fn new(puller: Puller, mounter: Arc<dyn Mounter>, layouts: LayoutFolders) -> Self {
         let disk = Disk::new(puller.store().clone(), mounter);
         Self {
@@ -153,7 +160,14 @@ impl Volumes {
                 stop: CancellationToken::new(),
                 changes: watch::Sender::new(0),
             }),
+            access: None,
         }
+    }
+
+    /// Mounts an image that is here already only for who may have it of its registry.
+    #[must_use]
+    pub fn with_access_check(self, check: AccessCheck) -> Self {
+        Self { access: Some(check), ..self }
     }
 
     /// Brings the image and mounts it at the target.
@@ -325,6 +339,7 @@ impl Volumes {
         let mut request = PullRequest::new(attributes.image.clone());
         request.policy = attributes.pull_policy;
         request.secret = secret;
+        request.access = self.access;
         KeepPulling { handle: Some(self.inner.puller.start(request)) }
     }
 

@@ -210,6 +210,46 @@ async fn wait_for(path: &Path) -> PathBuf {
     path.to_owned()
 }
 
+/// What tidies up takes the driver away with it only until the driver notices.
+#[test]
+fn a_registration_socket_that_is_taken_away_comes_back() {
+    testing::in_mount_namespace_async("a_registration_socket_comes_back", || async {
+        let world = World::new(None);
+        let node = Node::start(&world);
+        let socket = node.config.registration().unwrap().to_owned();
+        wait_for(&socket).await;
+        for _ in 0..3 {
+            fs::remove_file(&socket).unwrap();
+            wait_for(&socket).await;
+            let channel = connect(&socket).await.unwrap();
+            let info = RegistrationClient::new(channel).get_info(InfoRequest {}).await.unwrap();
+            assert_eq!(info.into_inner().name, NAME);
+        }
+        // Nothing is left under another name, and nothing after the end.
+        let folder = socket.parent().unwrap();
+        assert_eq!(fs::read_dir(folder).unwrap().count(), 1);
+        node.stop().await;
+        assert_eq!(fs::read_dir(folder).unwrap().count(), 0);
+    });
+}
+
+/// A successor's socket is not ours to replace.
+#[test]
+fn a_registration_socket_that_another_agent_put_in_place_is_left_alone() {
+    testing::in_mount_namespace_async("another_agents_registration_socket", || async {
+        let world = World::new(None);
+        let node = Node::start(&world);
+        let socket = node.config.registration().unwrap().to_owned();
+        wait_for(&socket).await;
+        let other = socket.with_extension("other");
+        let _listener = UnixListener::bind(&other).unwrap();
+        fs::rename(&other, &socket).unwrap();
+        let inode = fs::metadata(&socket).unwrap().ino();
+        node.stop().await;
+        assert_eq!(fs::metadata(&socket).unwrap().ino(), inode);
+    });
+}
+
 #[test]
 fn identity_says_who_it_is() {
     testing::in_mount_namespace_async("identity_says_who_it_is", || async {

@@ -62,11 +62,18 @@ impl ConnectError {
 pub async fn connect(path: &Path) -> Result<Channel, ConnectError> {
     // Asked once by hand: tonic buries the kernel's answer under its own errors.
     drop(UnixStream::connect(path).await.map_err(|why| ConnectError::new(path, why))?);
+    Ok(dial(path))
+}
+
+/// A channel to whoever will serve the unix socket at `path`: connects when it is first
+/// used, and again after a loss. A call made meanwhile fails with `Unavailable`. Called
+/// within a runtime.
+pub fn dial(path: &Path) -> Channel {
     let path = path.to_owned();
     let dial = tower::service_fn(move |_| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
     // The URI only names the authority; "localhost" is what the kubelet sends, too.
-    Ok(Endpoint::from_static("http://localhost").connect_with_connector_lazy(dial))
+    Endpoint::from_static("http://localhost").connect_with_connector_lazy(dial)
 }

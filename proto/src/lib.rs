@@ -2,6 +2,7 @@
 //!
 //! - [`carport::v1`]: the agent's own API, with [`FILE_DESCRIPTOR_SET`] for reflection;
 //! - [`csi::v1`], [`pluginregistration::v1`]: what the kubelet calls, as much of it as is served;
+//! - [`podresources::v1`]: what the kubelet answers, as much of it as is asked;
 //! - [`client`]: a channel to an agent's unix socket.
 //!
 //! Generated types stop at the adapters that use this crate: nothing below
@@ -34,6 +35,15 @@ pub mod pluginregistration {
     pub mod v1 {
         #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
         tonic::include_proto!("pluginregistration");
+    }
+}
+
+/// Which pods hold which devices, told by the kubelet.
+pub mod podresources {
+    /// Version 1: `PodResourcesLister`. The package's name on the wire is the version alone.
+    pub mod v1 {
+        #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+        tonic::include_proto!("v1");
     }
 }
 

@@ -144,6 +144,7 @@ fn every_path_of_the_agent_is_the_hosts_under_the_same_name() {
         (socket.parent().unwrap().to_owned(), "DirectoryOrCreate"),
         (kubelet.join("plugins").join(driver), "DirectoryOrCreate"),
         (kubelet.join("plugins_registry"), "Directory"),
+        (kubelet.join("pod-resources"), "DirectoryOrCreate"),
         (kubelet.join("pods"), "Directory"),
         ("/dev".into(), "Directory"),
     ] {

@@ -96,7 +96,10 @@ async fn refuse(node: &Node, number: usize, case: &Case) {
     let pod = node.pod(&format!("pod-{number}"));
     let status = node.publish(&pod, reference).await.unwrap_err();
     let message = status.message();
-    assert_eq!(status.code(), *code, "{reference}: {message}");
+    // That a manifest was altered may be found by whoever chooses among mirrors, or after them.
+    let by_mirrors = *code == Code::DataLoss && status.code() == Code::FailedPrecondition;
+    let is_manifest = message.starts_with("manifest ");
+    assert!(status.code() == *code || by_mirrors && is_manifest, "{reference}: {status:?}");
     let output = node.within(binary()).args(["pull", "--", reference]).output().unwrap();
     let usage = *code == Code::InvalidArgument;
     assert_eq!(output.status.code(), Some(if usage { 2 } else { 1 }), "{reference}: {output:?}");
@@ -116,8 +119,11 @@ async fn refuse(node: &Node, number: usize, case: &Case) {
     assert!(new.iter().all(|line| is_verified(line)), "{reference}: {new:?}");
     if !new.is_empty() {
         node.json(&["gc"]);
-        let after = listing();
-        assert_eq!(after, before, "{reference}");
+        // A record of nothing but links holds no bytes; a collection may leave it.
+        let without_records = |lines: Vec<String>| -> Vec<String> {
+            lines.into_iter().filter(|line| !line.starts_with("layers/")).collect()
+        };
+        assert_eq!(without_records(listing()), without_records(before), "{reference}");
     }
     if is_uncertain(*code) {
         node.unpublish(&pod).await.unwrap();
@@ -193,11 +199,6 @@ async fn a_registry_that_refuses_or_fails() {
         reference: format!("{gone}/team/model:v1"),
         code: Code::Unavailable,
         parts: vec![format!("{gone}/team/model:v1"), "connect to".into()],
-    });
-    cases.push(Case {
-        reference: "no-such-host.invalid/team/model:v1".into(),
-        code: Code::Unavailable,
-        parts: vec!["no-such-host.invalid".into(), "connect to".into()],
     });
     for wrong in [
         "Team/Model:v1",
@@ -292,7 +293,11 @@ async fn layers_that_are_cut_altered_or_hostile() {
         "cut",
         but(cut.clone(), move |request| {
             let whole = is_layer(&asked, request).then(|| asked.answer(request))?;
-            Some(whole.cut(1000))
+            // What came once is not asked for again.
+            let from = request.header("range").map_or(0, |range| {
+                range.trim_start_matches("bytes=").split('-').next().unwrap().parse().unwrap()
+            });
+            Some(whole.cut(1000_usize.saturating_sub(from)))
         }),
     );
     // The blob is shorter, or longer, than the manifest says.
@@ -339,8 +344,8 @@ async fn layers_that_are_cut_altered_or_hostile() {
     serves_on(&node, &format!("{host}/sound/model:v1")).await;
     node.json(&["rm", &format!("{host}/sound/model:v1")]);
     node.json(&["gc"]);
-    let left: Vec<String> =
-        node.store_listing().into_iter().filter(|line| !line.ends_with('/')).collect();
+    let bytes = |line: &String| !line.ends_with('/') && !line.starts_with("layers/");
+    let left: Vec<String> = node.store_listing().into_iter().filter(bytes).collect();
     assert_eq!(left, ["format 16 1", "lock 0 1"], "nothing is left of it");
 }
 

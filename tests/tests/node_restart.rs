@@ -317,6 +317,7 @@ async fn a_second_agent_is_refused_and_leaves_the_first_alone() {
     assert!(!other_socket.exists());
 
     assert_eq!(node.store_listing(), before);
+    node.metric_becomes("carport_volumes", 1.0).await;
     assert_eq!(node.json(&["status"])["models"][0]["mount_count"], 1);
     assert!(node.registration_socket().exists());
     let second = node.pod("pod-b");

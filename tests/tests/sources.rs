@@ -47,6 +47,54 @@ async fn a_layout_conforms() {
     conforms(source.as_ref(), &known).await;
 }
 
+/// Copies the packed layout into an archive with skopeo.
+async fn archived(model: &Model, archive: &str) -> bool {
+    if !installed("skopeo") {
+        return false;
+    }
+    let copy = tokio::process::Command::new("skopeo")
+        .args(["copy", "--quiet"])
+        .arg(format!("oci:{}:v1", model.layout().display()))
+        .arg(archive)
+        .status();
+    assert!(copy.await.unwrap().success());
+    true
+}
+
+#[tokio::test]
+async fn an_archive_of_a_layout_conforms() {
+    let (model, known) = packed().await;
+    let path = model.path().join("layout.tar");
+    let tar = std::process::Command::new("tar")
+        .arg("-cf")
+        .arg(&path)
+        .args(["-C", model.layout().to_str().unwrap(), "."])
+        .status();
+    assert!(tar.unwrap().success());
+    let place = reference(&format!("oci-archive:{}:v1", path.display()));
+    let source = sources(&[]).open(&place, &PullSecret::none()).unwrap();
+    conforms(source.as_ref(), &known).await;
+}
+
+#[tokio::test]
+async fn an_archive_of_docker_save_conforms() {
+    let (model, known) = packed().await;
+    let place = format!("docker-archive:{}", model.path().join("saved.tar").display());
+    if !archived(&model, &format!("{place}:team/tiny:v1")).await {
+        return;
+    }
+    let source = sources(&[]).open(&reference(&place), &PullSecret::none()).unwrap();
+    // Its manifest is made here; the layers are those of the layout.
+    let made = source.manifest(&ManifestName::Only).await.unwrap();
+    let known = Known {
+        tag: "docker.io/team/tiny:v1".into(),
+        manifest: made.digest(),
+        media_type: "application/vnd.docker.distribution.manifest.v2+json".into(),
+        ..known
+    };
+    conforms(source.as_ref(), &known).await;
+}
+
 #[tokio::test]
 async fn a_registry_conforms() {
     let Some(registry) = Registry::start() else { return };

@@ -104,6 +104,7 @@ pub(super) fn gpu_inventory(
             sample_time,
             generation,
             allocation_source,
+            allocation_message,
         ]
     )
 }

@@ -10,13 +10,13 @@ use super::ask;
 use crate::api::gpu::from_wire;
 use crate::cli::Output;
 use crate::config::Config;
-use crate::gpu::{look_once, table};
+use crate::gpu::{look_once, table, topo};
 use crate::output::print;
 
 /// A healthy driver answers in milliseconds, a sleeping one within seconds.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-pub(super) async fn run(output: Output, config: &Config) -> anyhow::Result<()> {
+pub(super) async fn run(output: Output, topo: bool, config: &Config) -> anyhow::Result<()> {
     let inventory = match ask::connect(config).await {
         Ok(channel) => {
             let question = ask::request(v1::GetGpuInventoryRequest::default());
@@ -29,5 +29,10 @@ pub(super) async fn run(output: Output, config: &Config) -> anyhow::Result<()> {
         }
         Err(error) => return Err(error.into()),
     };
-    print(output, &inventory, table::render)
+    let render = match output {
+        _ if topo => topo::render,
+        Output::Wide => table::render_wide,
+        Output::Text | Output::Json => table::render,
+    };
+    print(output, &inventory, render)
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use carport_csi::fuse;
-use carport_csi::mount::{ImagePath, KernelMounter, Mounter, TargetState, Tree};
+use carport_csi::mount::{ImagePath, KernelMounter, MountOptions, Mounter, TargetState, Tree};
 use carport_image::{Digest, Reference};
 use serde::{Deserialize, Serialize};
 
@@ -84,7 +84,7 @@ fn mount_kernel(mounter: &dyn Mounter, tree: &Tree, target: &Path) -> anyhow::Re
         }
         TargetState::Dead => mounter.unmount(target)?,
     }
-    Ok(mounter.mount_tree(tree, target)?)
+    Ok(mounter.mount_tree(tree, target, MountOptions::default())?)
 }
 
 #[derive(Debug, Serialize)]

@@ -100,6 +100,7 @@ impl GpuProbe for FakeProbe {
             nvml_version: None,
             cuda_driver_version: None,
             gpus: (0..count).map(gpu).collect(),
+            links: Vec::new(),
         })
     }
 

@@ -7,9 +7,11 @@
 //! - **sickness stays** until NVML has been opened afresh and finds the GPU well: a
 //!   GPU that answers again within the same session has proved nothing;
 //! - **no GPU goes silently**: one that is no longer enumerated is reported as
-//!   lost until it comes back or the agent starts again.
+//!   lost until it comes back or the agent starts again;
+//! - **the last error is remembered**, also when the GPU is well again.
 
 use super::inventory::{Gpu, HealthState, Telemetry};
+use super::links::GpuLink;
 use super::probe::Sample;
 
 /// The GPUs as they were last reported.
@@ -17,6 +19,7 @@ use super::probe::Sample;
 pub(super) struct History {
     session: u64,
     gpus: Vec<Gpu>,
+    links: Vec<GpuLink>,
     generation: u64,
 }
 
@@ -29,10 +32,13 @@ impl History {
         if same_session {
             self.keep_sick(&mut gpus);
         }
+        self.keep_last_xid(&mut gpus);
         gpus.extend(self.gone(&gpus));
-        if self.generation == 0 || shape(&gpus) != shape(&self.gpus) {
+        let is_as_before = shape(&gpus) == shape(&self.gpus) && sample.links == self.links;
+        if self.generation == 0 || !is_as_before {
             self.generation += 1;
         }
+        self.links = sample.links;
         self.session = sample.session;
         self.gpus.clone_from(&gpus);
         (gpus, self.generation)
@@ -52,7 +58,12 @@ impl History {
             let sat_there = self.gpus.iter().find(|old| old.index == index && !is_in(old, gpus));
             if let Some(old) = sat_there {
                 let health = gpus[at].health.clone();
-                gpus[at] = Gpu { health, ..unmeasured(old) };
+                let mut faults = gpus[at].faults.clone();
+                if faults.last_xid.is_none() {
+                    faults.last_xid = old.faults.last_xid;
+                    faults.last_xid_at = old.faults.last_xid_at;
+                }
+                gpus[at] = Gpu { health, faults, ..unmeasured(old) };
             }
         }
     }
@@ -64,6 +75,16 @@ impl History {
                 for reason in &old.health.reasons {
                     gpu.health.add(old.health.state, &reason.code, reason.message.clone());
                 }
+            }
+        }
+    }
+
+    fn keep_last_xid(&self, gpus: &mut [Gpu]) {
+        for gpu in gpus.iter_mut().filter(|gpu| gpu.faults.last_xid.is_none()) {
+            let before = self.gpus.iter().find(|old| old.uuid.is_some() && old.uuid == gpu.uuid);
+            if let Some(old) = before {
+                gpu.faults.last_xid = old.faults.last_xid;
+                gpu.faults.last_xid_at = old.faults.last_xid_at;
             }
         }
     }
@@ -94,18 +115,34 @@ fn unmeasured(gpu: &Gpu) -> Gpu {
 }
 
 /// What a scheduler plans by, and what a generation is counted for.
-fn shape(gpus: &[Gpu]) -> Vec<(Option<&str>, u32, bool, bool)> {
-    gpus.iter()
-        .map(|gpu| {
-            let mig = gpu.mig.is_some_and(|mig| mig.enabled);
-            (gpu.uuid.as_deref(), gpu.index, mig, gpu.health.state == HealthState::Lost)
-        })
-        .collect()
+#[derive(PartialEq)]
+struct Shape<'a> {
+    uuid: Option<&'a str>,
+    index: u32,
+    split: bool,
+    parts: Vec<Option<&'a str>>,
+    lost: bool,
+}
+
+fn shape(gpus: &[Gpu]) -> Vec<Shape<'_>> {
+    let of = |gpu| {
+        let Gpu { uuid, index, mig, health, .. }: &Gpu = gpu;
+        let parts = mig.iter().flat_map(|mig| &mig.devices);
+        Shape {
+            uuid: uuid.as_deref(),
+            index: *index,
+            split: mig.as_ref().is_some_and(|mig| mig.enabled),
+            parts: parts.map(|part| part.uuid.as_deref()).collect(),
+            lost: health.state == HealthState::Lost,
+        }
+    };
+    gpus.iter().map(of).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::inventory::{Health, Mig};
+    use super::super::inventory::Health;
+    use super::super::mig::{Mig, MigDevice};
     use super::*;
 
     fn gpu(index: u32, name: &str) -> Gpu {
@@ -125,6 +162,7 @@ mod tests {
             nvml_version: None,
             cuda_driver_version: None,
             gpus,
+            links: Vec::new(),
         }
     }
 
@@ -183,8 +221,54 @@ mod tests {
         let mut busy = gpu(0, "a");
         busy.telemetry.utilization_ratio = Some(1.0);
         assert_eq!(generation(&mut history, vec![busy]), 2);
-        let mig = Some(Mig { capable: true, enabled: true, pending_enabled: true });
+        let mig = Some(Mig { capable: true, enabled: true, ..Mig::default() });
         assert_eq!(generation(&mut history, vec![Gpu { mig, ..gpu(0, "a") }]), 3);
         assert_eq!(history.generation(), 3);
+    }
+
+    #[test]
+    fn a_new_part_and_a_new_link_are_changes_of_shape() {
+        let mut history = History::default();
+        let split = |parts: u32| {
+            let part = |slot| MigDevice {
+                uuid: Some(format!("MIG-{slot}")),
+                slot,
+                profile: None,
+                gpu_instance_id: None,
+                compute_instance_id: None,
+                memory: None,
+                multiprocessor_count: None,
+                allocations: Vec::new(),
+            };
+            let devices = (0..parts).map(part).collect();
+            let mig = Some(Mig { capable: true, enabled: true, devices, ..Mig::default() });
+            sample(1, vec![Gpu { mig, ..gpu(0, "a") }])
+        };
+        assert_eq!(history.add(split(1)).1, 1);
+        assert_eq!(history.add(split(1)).1, 1);
+        assert_eq!(history.add(split(2)).1, 2);
+        let mut linked = split(2);
+        linked.links.push(GpuLink {
+            uuid_a: "GPU-a".into(),
+            uuid_b: "GPU-b".into(),
+            kind: None,
+            link_count: 0,
+            bandwidth_bytes_per_second: None,
+            p2p_read: None,
+            p2p_write: None,
+        });
+        assert_eq!(history.add(linked).1, 3);
+    }
+
+    #[test]
+    fn the_last_error_is_remembered_after_the_gpu_is_well() {
+        let mut history = History::default();
+        let mut hit = lost(gpu(0, "a"));
+        hit.faults.last_xid = Some(79);
+        history.add(sample(1, vec![hit]));
+        let (gpus, _) = history.add(sample(1, vec![lost(Gpu::unknown(0))]));
+        assert_eq!(gpus[0].faults.last_xid, Some(79), "also where it cannot say its name");
+        let (gpus, _) = history.add(sample(2, vec![gpu(0, "a")]));
+        assert_eq!((gpus[0].health.state, gpus[0].faults.last_xid), (HealthState::Ok, Some(79)));
     }
 }

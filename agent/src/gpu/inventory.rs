@@ -10,6 +10,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Serialize, Serializer};
 
+use super::allocation::{Allocation, AllocationSource, AllocationState};
+use super::links::{Fabric, GpuLink, PcieLink};
+use super::mig::Mig;
+
 /// One look at the node's GPUs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct GpuInventory {
@@ -24,10 +28,15 @@ pub struct GpuInventory {
     /// The GPUs: first those that NVML enumerates, in its order, then those that
     /// it no longer does.
     pub gpus: Vec<Gpu>,
+    /// How the GPUs reach each other, one a pair.
+    pub links: Vec<GpuLink>,
+    /// What is known of who holds them.
+    pub allocation: AllocationState,
     /// When the look was over, by the node's clock. `None`: there was none yet.
     #[serde(serialize_with = "humantime_serde::option::serialize")]
     pub sampled_at: Option<SystemTime>,
-    /// Goes up whenever a GPU comes, goes, changes its index or its MIG mode.
+    /// Goes up whenever a GPU comes, goes, changes its index, its MIG mode or parts, or
+    /// its links.
     pub generation: u64,
     /// When this stops to be the truth. `None`: never.
     #[serde(skip)]
@@ -85,6 +94,11 @@ pub struct Gpu {
     pub minor_number: Option<u32>,
     /// As in sysfs: `0000:1b:00.0`.
     pub pci_bus_id: Option<String>,
+    /// The root of its PCI tree, such as `0000:16`; GPUs with the same root share its
+    /// lanes.
+    pub pcie_root: Option<String>,
+    /// Its link to the host.
+    pub pcie: PcieLink,
     /// The NUMA node that the GPU hangs on.
     pub numa_node: Option<u32>,
     /// The CPUs near to it, such as `0-31,64-95`.
@@ -103,8 +117,12 @@ pub struct Gpu {
     pub memory: Option<GpuMemory>,
     /// `None`: unknown, not incapable.
     pub mig: Option<Mig>,
+    /// Its place in an NVLink network across nodes. `None` where there is none.
+    pub fabric: Option<Fabric>,
     /// Whether work may be sent to it.
     pub health: Health,
+    /// What it has been through.
+    pub faults: Faults,
     /// What it does now.
     pub telemetry: Telemetry,
     /// Whether the driver keeps it initialised without clients.
@@ -113,6 +131,49 @@ pub struct Gpu {
     pub ecc_enabled: Option<bool>,
     /// Compute processes that hold a context, as the driver numbers them.
     pub processes: Option<Vec<GpuProcess>>,
+    /// Whether the kubelet has it to give. `None`: not known.
+    pub allocatable: Option<bool>,
+    /// Who has been given the whole GPU, as far as
+    /// [`AllocationSource`](super::AllocationSource) can tell.
+    pub allocations: Vec<Allocation>,
+}
+
+/// What a GPU has been through, and what the driver asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Faults {
+    /// The number of the last error that the driver reported since the agent started.
+    pub last_xid: Option<u64>,
+    /// When that was.
+    #[serde(serialize_with = "humantime_serde::option::serialize")]
+    pub last_xid_at: Option<SystemTime>,
+    /// Memory errors beyond correction since the driver was loaded.
+    pub ecc_uncorrected_volatile: Option<u64>,
+    /// Rows of memory replaced because of an error beyond correction.
+    pub remapped_rows_uncorrectable: Option<u32>,
+    /// Rows wait for a reset to be replaced.
+    pub remap_pending: Option<bool>,
+    /// There was no spare row left.
+    pub remap_failed: Option<bool>,
+    /// What the driver wants done.
+    pub recovery_action: Option<RecoveryAction>,
+}
+
+/// What the driver wants done with a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RecoveryAction {
+    /// Nothing.
+    None,
+    /// Reset it.
+    GpuReset,
+    /// Restart the node.
+    NodeReboot,
+    /// Stop work that uses its peers, then reset.
+    DrainP2p,
+    /// Let work end and send no more, then reset.
+    DrainAndReset,
+    /// Something newer than this program.
+    Other(u32),
 }
 
 /// A chip generation; the code keeps one that is newer than this program.
@@ -150,17 +211,6 @@ pub struct GpuMemory {
     pub bar1_used_bytes: Option<u64>,
 }
 
-/// Multi-instance mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Mig {
-    /// Whether the GPU can be partitioned.
-    pub capable: bool,
-    /// Whether it is in MIG mode now.
-    pub enabled: bool,
-    /// Whether it will be after the next reset.
-    pub pending_enabled: bool,
-}
-
 /// Whether a GPU can be used.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Health {
@@ -196,7 +246,7 @@ pub struct Reason {
 }
 
 /// Readings of one moment.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Telemetry {
     /// Part of the last sampling period in which a kernel ran, 0 to 1.
     pub utilization_ratio: Option<f64>,
@@ -208,6 +258,8 @@ pub struct Telemetry {
     pub power_limit_watts: Option<f64>,
     /// The core's temperature.
     pub temperature_celsius: Option<f64>,
+    /// Why its clocks are held down, such as `SW_POWER_CAP`. Empty: they are not.
+    pub throttle_reasons: Option<Vec<String>>,
 }
 
 /// A process on a GPU.
@@ -228,6 +280,11 @@ impl GpuInventory {
             nvml_version: None,
             cuda_driver_version: None,
             gpus: Vec::new(),
+            links: Vec::new(),
+            allocation: AllocationState {
+                source: AllocationSource::ProcessesOnly,
+                message: String::new(),
+            },
             sampled_at: None,
             generation: 0,
             freshness: None,
@@ -269,6 +326,8 @@ impl Gpu {
             index,
             minor_number: None,
             pci_bus_id: None,
+            pcie_root: None,
+            pcie: PcieLink::default(),
             numa_node: None,
             cpu_list: None,
             product: None,
@@ -278,11 +337,15 @@ impl Gpu {
             serial: None,
             memory: None,
             mig: None,
+            fabric: None,
             health: Health::ok(),
+            faults: Faults::default(),
             telemetry: Telemetry::default(),
             persistence_mode: None,
             ecc_enabled: None,
             processes: None,
+            allocatable: None,
+            allocations: Vec::new(),
         }
     }
 }

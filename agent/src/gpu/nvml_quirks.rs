@@ -1,9 +1,14 @@
 //! Where nvml-wrapper 0.13 does not do what is needed, each with its way around.
 //!
+//! Two faults need no code here. `EventSet` panics when it is dropped and the library lacks
+//! `nvmlEventSetFree`: [`super::nvml_events`] calls the library itself.
+//! `possible_placements` returns nothing: [`super::nvml_mig`] asks how many more parts fit,
+//! which is what is needed of it.
+//!
 //! Everything here is to be deleted once the wrapper does it; the tests against
 //! the fake library say what "it" is.
 
-// One raw call that the wrapper has no safe form of.
+// Raw calls in place of the wrapper's.
 #![allow(unsafe_code)]
 
 use std::mem::ManuallyDrop;
@@ -130,6 +135,19 @@ pub(super) fn brand(device: &Device<'_>) -> Result<String, NvmlError> {
     Ok(name.to_owned())
 }
 
+/// Whether an NVLink leads into a switch, as opposed to another GPU.
+///
+/// `NvLink::remote_device_type` lets the library write into a copy and always answers
+/// "unknown".
+pub(super) fn leads_to_switch(device: &Device<'_>, link: u32) -> Result<bool, NvmlError> {
+    let symbol = nvml_sym(device.nvml().lib().nvmlDeviceGetNvLinkRemoteDeviceType.as_ref())?;
+    let mut kind = 0;
+    // SAFETY: the handle is of this library, which the device borrows and so keeps open;
+    // `kind` is ours to write.
+    nvml_try(unsafe { symbol(device.handle(), link, &mut kind) })?;
+    Ok(kind == sys::nvmlIntNvLinkDeviceType_enum_NVML_NVLINK_DEVICE_TYPE_SWITCH)
+}
+
 /// What an error says.
 ///
 /// The wrapper knows return codes up to 22 and calls the others "unexpected enum
@@ -228,6 +246,18 @@ mod tests {
         let nvml = open(&fake);
         assert!(nvml.lib().nvmlShutdown.is_err());
         drop(nvml);
+    }
+
+    #[test]
+    fn an_nvlink_tells_where_it_leads() {
+        use nvml_wrapper::enum_wrappers::nv_link::IntDeviceType;
+        let fake = FakeNvml::new(&Scenario::h100s(1));
+        let nvml = open(&fake);
+        let device = nvml.device_by_index(0).unwrap();
+        let link = device.link_wrapper_for(0);
+        let wrapper = link.remote_device_type(0).unwrap();
+        assert!(matches!(wrapper, IntDeviceType::Unknown), "{wrapper:?}: fault is gone");
+        assert!(leads_to_switch(&device, 0).unwrap());
     }
 
     #[test]

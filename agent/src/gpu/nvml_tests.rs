@@ -3,18 +3,28 @@
 use std::path::Path;
 use std::time::Duration;
 
-use fake_nvml::{Device, FakeNvml, Memory, Mig as FakeMig, Process, Scenario, code};
+use fake_nvml::{
+    Device, FakeNvml, Memory, Mig as FakeMig, MigDevice as FakePart, NvLink, Process, Scenario,
+    code,
+};
 use tempfile::TempDir;
 
 use super::conformance::{PATIENCE, QUICK, Scene, suite, wait_for};
 use super::inventory::*;
+use super::links::{Fabric, GpuLink, LinkType, PcieLink};
+use super::mig::{Mig, MigDevice, MigProfile};
 use super::nvml::NvmlProbe;
 use super::probe::{GpuProbe as _, ProbeError, Sample};
 use super::sysfs::Sysfs;
-use super::{GpuOptions, look_once, start};
+use super::{GpuOptions, look_once, start, xid};
+
+mod cost;
+mod faults;
+mod parts;
+mod real;
 
 fn probe(fake: &FakeNvml, sysfs: &Path) -> NvmlProbe {
-    NvmlProbe::new(Some(fake.library()), Sysfs::new(sysfs))
+    NvmlProbe::new(Some(fake.library()), Sysfs::new(sysfs), xid::FATAL.to_vec())
 }
 
 fn look(scenario: &Scenario) -> Result<Sample, ProbeError> {
@@ -82,6 +92,11 @@ fn every_field_of_a_gpu_is_read() {
     let device = Device {
         memory: Some(Memory { total: 85_520_809_984, reserved: 577_765_376, used: 1 << 30 }),
         utilization_percent: Some((37, 5)),
+        pcie: Some([1, 16, 5, 16]),
+        fabric: Some(([1; 16], 7)),
+        remapped_rows: Some((1, false, false)),
+        ecc_uncorrected: Some(2),
+        throttle_reasons: Some(0x1 | 0x4 | 0x1000),
         processes: vec![
             Process { pid: 4242, used_bytes: Some(1 << 30) },
             Process { pid: 4243, used_bytes: None },
@@ -113,7 +128,27 @@ fn every_field_of_a_gpu_is_read() {
             bar1_total_bytes: Some(137_438_953_472),
             bar1_used_bytes: Some(1_048_576),
         }),
-        mig: Some(Mig { capable: true, enabled: false, pending_enabled: false }),
+        mig: Some(Mig { capable: true, profiles: parts::profiles(None), ..Mig::default() }),
+        fabric: Some(Fabric {
+            cluster_uuid: "01010101-0101-0101-0101-010101010101".into(),
+            clique_id: 7,
+        }),
+        faults: Faults {
+            last_xid: None,
+            last_xid_at: None,
+            ecc_uncorrected_volatile: Some(2),
+            remapped_rows_uncorrectable: Some(1),
+            remap_pending: Some(false),
+            remap_failed: Some(false),
+            recovery_action: Some(RecoveryAction::None),
+        },
+        pcie_root: None,
+        pcie: PcieLink {
+            generation: Some(1),
+            width: Some(16),
+            max_generation: Some(5),
+            max_width: Some(16),
+        },
         health: Health { state: HealthState::Ok, reasons: vec![] },
         telemetry: Telemetry {
             utilization_ratio: Some(0.37),
@@ -121,6 +156,7 @@ fn every_field_of_a_gpu_is_read() {
             power_watts: Some(69.42),
             power_limit_watts: Some(700.0),
             temperature_celsius: Some(31.0),
+            throttle_reasons: Some(vec!["SW_POWER_CAP".into(), "UNKNOWN_0x1000".into()]),
         },
         persistence_mode: Some(true),
         ecc_enabled: Some(true),
@@ -128,6 +164,8 @@ fn every_field_of_a_gpu_is_read() {
             GpuProcess { pid: 4242, used_memory_bytes: Some(1_073_741_824) },
             GpuProcess { pid: 4243, used_memory_bytes: None },
         ]),
+        allocatable: None,
+        allocations: vec![],
     };
     assert_eq!(sample.gpus, [expected]);
 }
@@ -145,10 +183,13 @@ fn mig_on_off_and_impossible_are_told_apart() {
     let on = Device { mig: Some(FakeMig { current: true, pending: true }), ..Device::h100(0) };
     let pending = Device { mig: Some(FakeMig { current: false, pending: true }), ..on.clone() };
     let cannot = Device { mig: None, ..on.clone() };
-    let mig = |capable, enabled, pending_enabled| Some(Mig { capable, enabled, pending_enabled });
-    assert_eq!(one(on).mig, mig(true, true, true));
-    assert_eq!(one(pending).mig, mig(true, false, true));
-    assert_eq!(one(cannot).mig, mig(false, false, false));
+    let mig = |device| {
+        let mig = one(device).mig.unwrap();
+        (mig.capable, mig.enabled, mig.pending_enabled)
+    };
+    assert_eq!(mig(on), (true, true, true));
+    assert_eq!(mig(pending), (true, false, true));
+    assert_eq!(mig(cannot), (false, false, false));
 }
 
 #[test]
@@ -162,9 +203,19 @@ fn what_a_gpu_does_not_measure_is_none_and_no_sickness() {
         utilization_percent: None,
         power_milliwatts: None,
         temperature_celsius: None,
+        mig: None,
+        pcie: None,
+        nvlinks: vec![],
+        remapped_rows: None,
+        recovery_action: None,
+        ecc_uncorrected: None,
+        throttle_reasons: None,
         ..Device::h100(0)
     });
     assert_eq!(gpu.health, Health::ok());
+    assert_eq!(gpu.faults, Faults::default());
+    assert_eq!(gpu.pcie, PcieLink::default());
+    assert_eq!(gpu.fabric, None);
     assert_eq!(gpu.memory, None);
     assert_eq!(gpu.serial, None);
     assert_eq!(gpu.minor_number, None);
@@ -188,6 +239,12 @@ fn the_library_of_an_old_driver_gives_what_it_has() {
         "nvmlDeviceGetArchitecture",
         "nvmlDeviceGetComputeRunningProcesses_v3",
         "nvmlSystemGetCudaDriverVersion_v2",
+        "nvmlDeviceGetRemappedRows",
+        "nvmlDeviceGetFieldValues",
+        "nvmlDeviceGetGpuFabricInfo",
+        "nvmlDeviceGetGpuFabricInfoV",
+        "nvmlDeviceGetNvLinkState",
+        "nvmlEventSetCreate",
     ];
     let fake = FakeNvml::without_symbols(&Scenario::h100s(1), &missing);
     let sample = probe(&fake, Path::new("/nonexistent")).sample().unwrap();
@@ -198,7 +255,7 @@ fn the_library_of_an_old_driver_gives_what_it_has() {
     assert_eq!(gpu.memory.unwrap().reserved_bytes, None);
     assert_eq!(gpu.architecture, None);
     assert_eq!(gpu.processes, None);
-    assert_eq!(gpu.mig, Some(Mig { capable: false, enabled: false, pending_enabled: false }));
+    assert_eq!(gpu.mig, Some(Mig::default()));
 }
 
 #[test]
@@ -258,7 +315,8 @@ fn a_file_that_is_not_nvml_is_no_library() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("libnvidia-ml.so.1");
     std::fs::write(&path, "text").unwrap();
-    let error = NvmlProbe::new(Some(path), Sysfs::new("/nonexistent")).sample().unwrap_err();
+    let error =
+        NvmlProbe::new(Some(path), Sysfs::new("/nonexistent"), vec![]).sample().unwrap_err();
     assert_eq!(error.state, ProviderState::NoLibrary);
 
     let other = FakeNvml::without_symbols(&Scenario::default(), &["nvmlInit_v2"]);

@@ -6,6 +6,9 @@
 //!        └── wait: interval, or retry interval while there is nothing to see
 //! ```
 //!
+//! Between two looks it listens every second whether the driver has reported an error; then
+//! the next look is at once.
+//!
 //! A call that hangs holds up this thread alone. It cannot be cancelled, so the
 //! thread is left to it at shutdown; the process's end takes it along.
 
@@ -28,6 +31,9 @@ const MISSED_LOOKS: u32 = 3;
 /// at twice the time each, up to this many times the retry interval. Opening NVML
 /// initialises every GPU that is not in persistence mode, which takes seconds.
 const MAX_REOPEN_FACTOR: u32 = 64;
+
+/// How often to ask for news between two looks.
+const LISTEN: Duration = Duration::from_secs(1);
 
 /// How often to look.
 #[derive(Clone, Copy, Debug)]
@@ -74,9 +80,24 @@ pub(super) fn run(
         if !answered || reopen.is_due(sick, now) {
             probe.close();
         }
-        match stop.recv_timeout(wait) {
+        if !wait_for_next(&mut probe, wait, stop) {
+            return;
+        }
+    }
+}
+
+/// Waits until the next look is due; false: there is to be none.
+fn wait_for_next(probe: &mut impl GpuProbe, wait: Duration, stop: &Receiver<()>) -> bool {
+    let mut left = wait;
+    loop {
+        let step = left.min(LISTEN);
+        match stop.recv_timeout(step) {
             Err(RecvTimeoutError::Timeout) => {}
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => return false,
+        }
+        left = left.saturating_sub(step);
+        if left.is_zero() || probe.has_news() {
+            return true;
         }
     }
 }
@@ -97,6 +118,7 @@ fn report(history: &mut History, looked: Result<Sample, ProbeError>) -> GpuInven
                 inventory.provider.state = ProviderState::NoDevices;
                 inventory.provider.message = no_devices();
             }
+            inventory.links.clone_from(&sample.links);
             (inventory.gpus, inventory.generation) = history.add(sample);
             inventory
         }

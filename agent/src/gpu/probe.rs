@@ -1,6 +1,7 @@
 //! The edge to the GPU library.
 
 use super::inventory::{Gpu, ProviderState};
+use super::links::GpuLink;
 
 /// What looks at the GPUs: NVML, or a stand-in in tests.
 ///
@@ -21,6 +22,12 @@ pub(super) trait GpuProbe: Send {
     /// call starts afresh and sees a driver that has come since.
     fn sample(&mut self) -> Result<Sample, ProbeError>;
 
+    /// Whether something happened since the last look that should not wait for the next
+    /// one. Cheap, and asked every second.
+    fn has_news(&mut self) -> bool {
+        false
+    }
+
     /// Gives the library up; the next look opens it again.
     fn close(&mut self);
 }
@@ -34,6 +41,8 @@ pub(super) struct Sample {
     pub(super) nvml_version: Option<String>,
     pub(super) cuda_driver_version: Option<String>,
     pub(super) gpus: Vec<Gpu>,
+    /// Between those that answered.
+    pub(super) links: Vec<GpuLink>,
 }
 
 /// Why there is no answer.

@@ -26,6 +26,15 @@ impl Sysfs {
         self.device(pci_bus_id, "local_cpulist").filter(|list| !list.is_empty())
     }
 
+    /// The root of the PCI tree that a device hangs on, such as `0000:16`.
+    pub(super) fn pcie_root(&self, pci_bus_id: &str) -> Option<String> {
+        let link = self.root.join("bus/pci/devices").join(pci_bus_id);
+        // A link to devices/pci0000:16/0000:16:01.0/…
+        let path = std::fs::canonicalize(link).ok()?;
+        let root = path.iter().filter_map(|part| part.to_str()?.strip_prefix("pci")).next()?;
+        root.contains(':').then(|| root.to_owned())
+    }
+
     /// The version of the loaded NVIDIA kernel module; `None`: it is not loaded.
     pub(super) fn driver_version(&self) -> Option<String> {
         read_line(&self.root.join("module/nvidia/version"))
@@ -65,5 +74,18 @@ mod tests {
         assert_eq!(sysfs.cpu_list("0000:1c:00.0"), None);
         assert_eq!(sysfs.numa_node("0000:1d:00.0"), None);
         assert_eq!(sysfs.driver_version(), None);
+        assert_eq!(sysfs.pcie_root("0000:1b:00.0"), None);
+    }
+
+    #[test]
+    fn a_devices_place_in_the_tree_names_its_root() {
+        let root = tempfile::tempdir().unwrap();
+        let device = root.path().join("devices/pci0000:16/0000:16:01.0/0000:1b:00.0");
+        std::fs::create_dir_all(&device).unwrap();
+        let devices = root.path().join("bus/pci/devices");
+        std::fs::create_dir_all(&devices).unwrap();
+        std::os::unix::fs::symlink(&device, devices.join("0000:1b:00.0")).unwrap();
+        let sysfs = Sysfs::new(root.path());
+        assert_eq!(sysfs.pcie_root("0000:1b:00.0").as_deref(), Some("0000:16"));
     }
 }

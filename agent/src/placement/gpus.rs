@@ -22,7 +22,7 @@ pub struct Requirement {
 /// How the GPUs meet it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Match {
-    /// Well, and used by nobody.
+    /// Well, given to nobody and used by nobody.
     pub free_count: u32,
     /// Of those, such as are asked for.
     pub matching_count: u32,
@@ -44,7 +44,7 @@ impl Requirement {
             .map_err(|_| format!("{text:?} is no regular expression, or too large a one"))
     }
 
-    /// Looks for GPUs among `gpus`. A GPU with processes counts as taken.
+    /// Looks for GPUs among `gpus`.
     pub fn find(&self, gpus: &[Gpu]) -> Match {
         let free: Vec<&Gpu> = gpus.iter().filter(|gpu| is_free(gpu)).collect();
         let mut fitting: Vec<&Gpu> = free.iter().copied().filter(|gpu| self.fits(gpu)).collect();
@@ -75,16 +75,21 @@ impl Requirement {
     }
 }
 
-/// Well and used by nobody; where the processes cannot be seen, memory tells.
+/// Well, given to nobody and used by nobody.
+///
+/// Who has been given it is the kubelet's to say; where it does not tell, and for work beside
+/// Kubernetes, processes do; where they cannot be seen, memory. A GPU that the kubelet does
+/// not have to give is nobody's, and not free either.
 pub fn is_free(gpu: &Gpu) -> bool {
     // A GPU cut into MIG devices takes no whole-GPU work.
-    let whole = gpu.mig.is_none_or(|mig| !mig.enabled);
+    let whole = gpu.mig.as_ref().is_none_or(|mig| !mig.enabled);
     let usable = matches!(gpu.health.state, HealthState::Ok | HealthState::Warning);
     let idle = match &gpu.processes {
         Some(processes) => processes.is_empty(),
         None => gpu.memory.is_some_and(|memory| memory.used_bytes == 0),
     };
-    whole && usable && idle
+    let to_give = gpu.allocatable != Some(false) && gpu.allocations.is_empty();
+    whole && usable && idle && to_give
 }
 
 /// GPUs by health, for metrics.
@@ -123,24 +128,17 @@ fn largest_numa_group<'a>(gpus: &[&'a Gpu]) -> Vec<&'a Gpu> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{GpuMemory, GpuProcess, Health, Mig, Telemetry};
+    use crate::gpu::{Allocation, GpuMemory, GpuProcess, Mig};
 
     fn gpu(index: u32, product: &str, free_gb: u64, capability: (u32, u32)) -> Gpu {
         Gpu {
             uuid: Some(format!("GPU-{index}")),
-            index,
-            minor_number: None,
-            pci_bus_id: None,
             numa_node: Some(index / 2),
-            cpu_list: None,
             product: Some(product.into()),
-            brand: None,
-            architecture: None,
             compute_capability: Some(ComputeCapability {
                 major: capability.0,
                 minor: capability.1,
             }),
-            serial: None,
             memory: Some(GpuMemory {
                 total_bytes: free_gb << 30,
                 used_bytes: 0,
@@ -149,12 +147,9 @@ mod tests {
                 bar1_total_bytes: None,
                 bar1_used_bytes: None,
             }),
-            mig: Some(Mig { capable: true, enabled: false, pending_enabled: false }),
-            health: Health { state: HealthState::Ok, reasons: Vec::new() },
-            telemetry: Telemetry::default(),
-            persistence_mode: None,
-            ecc_enabled: None,
+            mig: Some(Mig { capable: true, ..Mig::default() }),
             processes: Some(Vec::new()),
+            ..Gpu::unknown(index)
         }
     }
 
@@ -173,12 +168,28 @@ mod tests {
         let mut gpus: Vec<Gpu> = (0..5).map(|n| gpu(n, "NVIDIA H100", 80, (9, 0))).collect();
         gpus[0].processes = Some(vec![GpuProcess { pid: 1, used_memory_bytes: None }]);
         gpus[1].health.state = HealthState::Lost;
-        gpus[2].mig = Some(Mig { capable: true, enabled: true, pending_enabled: true });
+        gpus[2].mig = Some(Mig { capable: true, enabled: true, ..Mig::default() });
         gpus[3].processes = None;
         let found = any(2).find(&gpus);
         assert_eq!(found.free_count, 2);
         assert_eq!(found.candidates, ["GPU-3", "GPU-4"]);
         assert!(any(2).is_met(&found) && !any(3).is_met(&found));
+    }
+
+    #[test]
+    fn a_gpu_that_a_pod_holds_is_not_free_before_it_works_on_it() {
+        let mut gpus: Vec<Gpu> = (0..3).map(|n| gpu(n, "NVIDIA H100", 80, (9, 0))).collect();
+        gpus[0].allocations.push(Allocation {
+            pod_namespace: "default".into(),
+            pod_name: "a".into(),
+            container: "main".into(),
+            resource_name: Some("nvidia.com/gpu".into()),
+            claim_name: None,
+            shared: false,
+        });
+        gpus[1].allocatable = Some(false);
+        gpus[2].allocatable = Some(true);
+        assert_eq!(any(1).find(&gpus).candidates, ["GPU-2"]);
     }
 
     #[test]

@@ -200,8 +200,13 @@ impl Keeper {
         let state = self.state.borrow();
         for pull in gone {
             let digest = pull.digest.or_else(|| state.resolve(&pull.reference));
-            if digest.is_some_and(|digest| state.images.contains_key(&digest)) {
-                self.metrics.pulls.done(pull);
+            if let Some(image) = digest.and_then(|digest| state.images.get(&digest)) {
+                let mut pull = pull.clone();
+                if pull.total_bytes == 0 {
+                    // A quick one, last seen before its manifest was here.
+                    pull.total_bytes = image.layers.iter().map(|layer| layer.size_bytes).sum();
+                }
+                self.metrics.pulls.done(&pull);
             }
         }
     }
@@ -266,9 +271,13 @@ impl NodeState {
 fn same_gpus(a: &GpuInventory, b: &GpuInventory) -> bool {
     let news = |inventory: &GpuInventory| {
         let gpus = inventory.gpus.iter();
-        gpus.map(|gpu| (gpu.health.clone(), is_free(gpu))).collect::<Vec<_>>()
+        gpus.map(|gpu| (gpu.health.clone(), is_free(gpu), gpu.allocations.clone()))
+            .collect::<Vec<_>>()
     };
-    a.generation == b.generation && a.provider == b.provider && news(a) == news(b)
+    a.generation == b.generation
+        && a.provider == b.provider
+        && a.allocation == b.allocation
+        && news(a) == news(b)
 }
 
 async fn read(puller: &Puller, walk: bool) -> Result<(Contents, Option<Usage>), StoreError> {

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use super::fake::FakeMounter;
-use super::{ImagePath, KernelMounter, MountError, Mounter, TargetState, Tree};
+use super::{ImagePath, KernelMounter, MountError, MountOptions, Mounter, TargetState, Tree};
 use crate::testing;
 
 /// A tree of a store, and a folder for targets.
@@ -72,7 +72,7 @@ fn a_tree_is_mounted_and_taken_away(mounter: &dyn Mounter) {
     let world = World::new();
     let target = world.target("mount");
     let tree = world.tree("/");
-    mounter.mount_tree(&tree, &target).unwrap();
+    mounter.mount_tree(&tree, &target, MountOptions::default()).unwrap();
     let id = mounter.identify(&tree).unwrap();
     assert_eq!(mounter.state(&target).unwrap(), TargetState::Mounted { id, read_only: true });
     mounter.unmount(&target).unwrap();
@@ -84,7 +84,7 @@ fn a_folder_inside_is_mounted(mounter: &dyn Mounter) {
     let world = World::new();
     let target = world.target("mount");
     let tree = world.tree("/models/base");
-    mounter.mount_tree(&tree, &target).unwrap();
+    mounter.mount_tree(&tree, &target, MountOptions::default()).unwrap();
     let id = mounter.identify(&tree).unwrap();
     assert_ne!(id, mounter.identify(&world.tree("/")).unwrap());
     assert_eq!(mounter.state(&target).unwrap(), TargetState::Mounted { id, read_only: true });
@@ -100,7 +100,7 @@ fn only_folders_inside_can_be_named(mounter: &dyn Mounter) {
         ("/out", "is reached through a symbolic link"),
         ("/in/base", "is reached through a symbolic link"),
     ] {
-        match mounter.mount_tree(&world.tree(path), &target).unwrap_err() {
+        match mounter.mount_tree(&world.tree(path), &target, MountOptions::default()).unwrap_err() {
             MountError::NotInImage { path: named, why } => {
                 assert_eq!((named.as_str(), why), (path, expected));
             }
@@ -115,8 +115,8 @@ fn only_folders_inside_can_be_named(mounter: &dyn Mounter) {
 fn stacked_mounts_all_go(mounter: &dyn Mounter) {
     let world = World::new();
     let target = world.target("mount");
-    mounter.mount_tree(&world.tree("/"), &target).unwrap();
-    mounter.mount_tree(&world.tree("/models"), &target).unwrap();
+    mounter.mount_tree(&world.tree("/"), &target, MountOptions::default()).unwrap();
+    mounter.mount_tree(&world.tree("/models"), &target, MountOptions::default()).unwrap();
     let id = mounter.identify(&world.tree("/models")).unwrap();
     assert_eq!(mounter.state(&target).unwrap(), TargetState::Mounted { id, read_only: true });
     mounter.unmount(&target).unwrap();
@@ -126,11 +126,11 @@ fn stacked_mounts_all_go(mounter: &dyn Mounter) {
 fn a_failed_mount_leaves_nothing(mounter: &dyn Mounter) {
     let world = World::new();
     let absent = world.pods.join("absent");
-    mounter.mount_tree(&world.tree("/"), &absent).unwrap_err();
+    mounter.mount_tree(&world.tree("/"), &absent, MountOptions::default()).unwrap_err();
     assert_eq!(mounter.state(&absent).unwrap(), TargetState::Absent);
     let file = world.pods.join("file");
     fs::write(&file, "").unwrap();
-    mounter.mount_tree(&world.tree("/"), &file).unwrap_err();
+    mounter.mount_tree(&world.tree("/"), &file, MountOptions::default()).unwrap_err();
     assert_eq!(mounter.under(&world.pods).unwrap(), []);
 }
 
@@ -138,7 +138,7 @@ fn listed_is_what_is_at_or_below_the_prefix(mounter: &dyn Mounter) {
     let world = World::new();
     let (a, b, beside) = (world.target("a"), world.target("b"), world.target("ab"));
     for target in [&b, &a, &beside] {
-        mounter.mount_tree(&world.tree("/models"), target).unwrap();
+        mounter.mount_tree(&world.tree("/models"), target, MountOptions::default()).unwrap();
     }
     let targets = |prefix: &Path| -> Vec<PathBuf> {
         mounter.under(prefix).unwrap().into_iter().map(|point| point.target).collect()
@@ -169,7 +169,7 @@ fn a_mounted_tree_refuses_writes_set_user_id_and_devices() {
     testing::in_mount_namespace("a_mounted_tree_refuses_writes", || {
         let world = World::new();
         let target = world.target("mount");
-        KernelMounter.mount_tree(&world.tree("/models"), &target).unwrap();
+        KernelMounter.mount_tree(&world.tree("/models"), &target, MountOptions::default()).unwrap();
         let file = target.join("base/weights");
         assert_eq!(fs::read_to_string(&file).unwrap(), "weights");
         for result in [
@@ -183,7 +183,28 @@ fn a_mounted_tree_refuses_writes_set_user_id_and_devices() {
         let options = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         let line = options.lines().find(|line| line.contains("some\\040pods/mount")).unwrap();
         assert!(line.split(' ').nth(5).unwrap().starts_with("ro,nosuid,nodev"), "{line}");
+        assert!(!line.contains("noexec"), "{line}");
         KernelMounter.unmount(&target).unwrap();
+    });
+}
+
+#[test]
+fn where_it_is_asked_for_nothing_can_be_run() {
+    testing::in_mount_namespace("nothing_can_be_run", || {
+        use std::os::unix::fs::PermissionsExt as _;
+        let world = World::new();
+        let script = world.rootfs.join("models/run");
+        fs::write(&script, "#!/bin/sh\n").unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o555)).unwrap();
+        let target = world.target("mount");
+        for noexec in [false, true] {
+            let options = MountOptions { noexec };
+            KernelMounter.mount_tree(&world.tree("/models"), &target, options).unwrap();
+            let run = std::process::Command::new(target.join("run")).status();
+            let refused = run.is_err_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied);
+            assert_eq!(refused, noexec);
+            KernelMounter.unmount(&target).unwrap();
+        }
     });
 }
 
@@ -195,7 +216,7 @@ fn a_target_behind_a_link_in_its_prefix_is_found() {
         let alias = world.pods.parent().unwrap().join("alias");
         symlink(&world.pods, &alias).unwrap();
         let target = alias.join("mount");
-        KernelMounter.mount_tree(&world.tree("/"), &target).unwrap();
+        KernelMounter.mount_tree(&world.tree("/"), &target, MountOptions::default()).unwrap();
         let found = KernelMounter.under(&target).unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].target, target);

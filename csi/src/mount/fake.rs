@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::{fs, io};
 
-use super::{FolderId, MountError, MountPoint, Mounter, TargetState, Tree};
+use super::{FolderId, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree};
 
 /// Remembers what would be mounted. The folders are looked at for real.
 #[derive(Debug, Default)]
@@ -79,7 +79,7 @@ impl Mounter for FakeMounter {
         Ok(FolderId { device: meta.dev(), inode: meta.ino() })
     }
 
-    fn mount_tree(&self, tree: &Tree, target: &Path) -> Result<(), MountError> {
+    fn mount_tree(&self, tree: &Tree, target: &Path, _: MountOptions) -> Result<(), MountError> {
         let id = self.identify(tree)?;
         self.check("mount_tree")?;
         let meta = fs::symlink_metadata(target).map_err(|e| MountError::new("mount at", e))?;

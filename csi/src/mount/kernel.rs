@@ -17,7 +17,9 @@ use rustix::fs::{StatxAttributes, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
-use super::{FolderId, MountError, MountPoint, Mounter, TargetState, Tree, mountinfo, syscalls};
+use super::{
+    FolderId, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree, mountinfo, syscalls,
+};
 
 /// More mounts on top of each other at one target than this is somebody else's
 /// fault, and a loop that must end.
@@ -35,7 +37,12 @@ impl Mounter for KernelMounter {
         Ok(FolderId { device: stat.st_dev, inode: stat.st_ino })
     }
 
-    fn mount_tree(&self, tree: &Tree, target: &Path) -> Result<(), MountError> {
+    fn mount_tree(
+        &self,
+        tree: &Tree,
+        target: &Path,
+        options: MountOptions,
+    ) -> Result<(), MountError> {
         let context = |verb: &str| format!("{verb} {}", target.display());
         let source = open(tree)?;
         // Not recursive: a tree has nothing mounted inside, and if somebody does mount
@@ -48,7 +55,7 @@ impl Mounter for KernelMounter {
                 | OpenTreeFlags::AT_EMPTY_PATH,
         )
         .map_err(|e| MountError::new(context("clone the tree for"), e))?;
-        syscalls::seal(clone.as_fd())
+        syscalls::seal(clone.as_fd(), options.noexec)
             .map_err(|e| MountError::new(context("make the tree read-only for"), e))?;
         // By descriptor, so that the target cannot become a symbolic link meanwhile.
         let onto = rustix::fs::open(

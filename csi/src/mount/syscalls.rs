@@ -9,9 +9,13 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// and what is mounted in the store would appear in pods.
 ///
 /// <https://man7.org/linux/man-pages/man2/mount_setattr.2.html>
-pub(super) fn seal(mount: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn seal(mount: BorrowedFd<'_>, noexec: bool) -> io::Result<()> {
+    let noexec = if noexec { libc::MOUNT_ATTR_NOEXEC } else { 0 };
     let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV,
+        attr_set: libc::MOUNT_ATTR_RDONLY
+            | libc::MOUNT_ATTR_NOSUID
+            | libc::MOUNT_ATTR_NODEV
+            | noexec,
         attr_clr: 0,
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,

@@ -8,10 +8,17 @@ use carport_image::Reference;
 use carport_image::pull::PullPolicy;
 use serde::{Deserialize, Serialize};
 
-use crate::mount::ImagePath;
+use super::Filter;
+use crate::mount::{ImagePath, MountOptions};
 
 /// The attributes that a volume may have, as users write them.
-const KNOWN: [&str; 3] = ["image", "path", "pullPolicy"];
+const KNOWN: [&str; 7] = ["image", "path", "include", "exclude", "pullPolicy", "mode", "noexec"];
+
+/// Words of other programs and of times to come, so that they are not taken for slips.
+const NOT_YET: [(&str, &str); 1] = [(
+    "pin",
+    "not supported; the image stays in the store until somebody removes it by `carport rm`",
+)];
 
 /// What the kubelet adds on its own: the pod's identity and tokens.
 const KUBELET_PREFIX: &str = "csi.storage.k8s.io/";
@@ -117,6 +124,10 @@ pub struct VolumeAttributes {
     pub image: Reference,
     /// `path`: a folder inside it to show instead of all of it.
     pub path: Option<ImagePath>,
+    /// `include` and `exclude`: of that folder, which files to show.
+    pub filter: Option<Filter>,
+    /// `noexec`, and mount options that say the same.
+    pub options: MountOptions,
     /// `pullPolicy`: when the registry is asked. `IfNotPresent` unless said otherwise.
     pub pull_policy: PullPolicy,
     /// The pod, when the kubelet says (`podInfoOnMount`).
@@ -126,7 +137,14 @@ pub struct VolumeAttributes {
 impl VolumeAttributes {
     /// Attributes of a volume that shows all of `image`.
     pub fn new(image: Reference) -> Self {
-        Self { image, path: None, pull_policy: PullPolicy::default(), pod: None }
+        Self {
+            image,
+            path: None,
+            filter: None,
+            options: MountOptions::default(),
+            pull_policy: PullPolicy::default(),
+            pod: None,
+        }
     }
 
     /// Parses a volume context. Service-account tokens in it are not kept.
@@ -149,17 +167,44 @@ impl VolumeAttributes {
         let image = rest.remove("image");
         let path = rest.remove("path");
         let pull_policy = rest.remove("pullPolicy");
+        let (include, exclude) = (rest.remove("include"), rest.remove("exclude"));
+        let (mode, noexec) = (rest.remove("mode"), rest.remove("noexec"));
+        if let Some((name, why)) = NOT_YET.iter().find(|(name, _)| rest.contains_key(name)) {
+            return Err(invalid(name, why));
+        }
         if let Some(unknown) = rest.keys().next() {
             return Err(unknown_attribute(unknown));
         }
         let image = image.filter(|text| !text.is_empty()).ok_or_else(|| {
             invalid("image", &"missing; name the image to mount, such as registry.example/model:v1")
         })?;
+        match mode {
+            None | Some("wait") => {}
+            Some("stream") => {
+                let why = "stream is not supported yet; leave it out, and the pod starts when \
+                           all of the image is here";
+                return Err(invalid("mode", &why));
+            }
+            Some(other) => {
+                return Err(invalid("mode", &format!("{:?} is not wait", shown(other))));
+            }
+        }
         Ok(Self {
             image: image.parse().map_err(|why| invalid("image", &why))?,
             path: match path {
                 Some(text) => ImagePath::parse(text).map_err(|why| invalid("path", &why))?,
                 None => None,
+            },
+            filter: Filter::parse(include, exclude).map_err(|(name, why)| invalid(name, &why))?,
+            options: MountOptions {
+                noexec: match noexec {
+                    None | Some("false") => false,
+                    Some("true") => true,
+                    Some(other) => {
+                        let why = format!("{:?} is neither true nor false", shown(other));
+                        return Err(invalid("noexec", &why));
+                    }
+                },
             },
             pull_policy: match pull_policy {
                 None => PullPolicy::default(),
@@ -224,6 +269,10 @@ mod tests {
             ("image", "registry.example/model:v1"),
             ("path", "/models"),
             ("pullPolicy", "Always"),
+            ("include", "*.safetensors"),
+            ("exclude", "original"),
+            ("mode", "wait"),
+            ("noexec", "true"),
             ("csi.storage.k8s.io/pod.name", "server-0"),
             ("csi.storage.k8s.io/pod.namespace", "llm"),
             ("csi.storage.k8s.io/pod.uid", "1234"),
@@ -233,6 +282,11 @@ mod tests {
         .unwrap();
         assert_eq!(attributes.path.as_ref().unwrap().to_string(), "/models");
         assert_eq!(attributes.pull_policy, PullPolicy::Always);
+        assert_eq!(
+            attributes.filter,
+            Filter::parse(Some("*.safetensors"), Some("original")).unwrap()
+        );
+        assert!(attributes.options.noexec);
         let pod = attributes.pod.as_ref().unwrap();
         assert_eq!((&*pod.namespace, &*pod.name, &*pod.uid), ("llm", "server-0", "1234"));
         assert!(!format!("{attributes:?}").contains("hunter2"));
@@ -248,8 +302,15 @@ mod tests {
         assert_eq!(error("imgae"), r#"volume attribute "imgae": unknown; did you mean "image"?"#);
         assert_eq!(
             error("readOnlyRootFilesystem"),
-            r#"volume attribute "readOnlyRootFilesystem": unknown; known are image, path, pullPolicy"#
+            r#"volume attribute "readOnlyRootFilesystem": unknown; known are image, path, include, exclude, pullPolicy, mode, noexec"#
         );
+    }
+
+    #[test]
+    fn the_document_names_every_attribute_and_no_other() {
+        let document = include_str!("../../../docs/volumes.md");
+        let rows = document.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+        assert_eq!(rows.collect::<Vec<_>>(), KNOWN);
     }
 
     #[test]
@@ -262,6 +323,17 @@ mod tests {
             parse(&[("image", "a/b:c"), ("path", "../etc")]).unwrap_err(),
             "volume attribute path: must not have `..` in it"
         );
+        let error = |name, value| parse(&[("image", "a/b:c"), (name, value)]).unwrap_err();
+        assert!(error("mode", "stream").starts_with("volume attribute mode: stream is not supp"));
+        assert_eq!(error("mode", "x"), r#"volume attribute mode: "x" is not wait"#);
+        assert_eq!(
+            error("noexec", "yes"),
+            r#"volume attribute noexec: "yes" is neither true nor false"#
+        );
+        assert!(
+            error("include", "[").starts_with(r#"volume attribute include: "[" is no pattern"#)
+        );
+        assert!(error("pin", "true").starts_with("volume attribute pin: not supported; "));
         assert_eq!(
             parse(&[("image", "a/b:c"), ("pullPolicy", "Sometimes")]).unwrap_err(),
             r#"volume attribute pullPolicy: "Sometimes" is none of IfNotPresent, Always, Never"#

@@ -22,7 +22,8 @@ use carport_image::store::{RecordKind, Records, StoreError};
 use super::error::{PublishError, StatsError, UnpublishError};
 use super::record::{VolumeRecord, record_name};
 use super::{Condition, Reconciled, TargetPath, VolumeAttributes, VolumeId};
-use crate::mount::{FolderId, MountError, Mounter, TargetState, Tree};
+use crate::crash;
+use crate::mount::{FolderId, ImagePath, MountError, MountOptions, Mounter, TargetState, Tree};
 
 /// What the kubelet gives the folders of volumes that it makes itself. Hidden by the mount.
 const TARGET_MODE: u32 = 0o750;
@@ -77,7 +78,11 @@ impl Disk {
                     return Err(occupied(&wanted.target, "another mount"));
                 }
                 let asked = &wanted.attributes;
-                if record.image != asked.image || record.path != asked.path {
+                if record.image != asked.image
+                    || record.path != asked.path
+                    || record.filter != asked.filter
+                    || record.options != asked.options
+                {
                     return Err(PublishError::Incompatible {
                         target: wanted.target.to_string(),
                         volume: wanted.volume_id.to_string(),
@@ -99,24 +104,43 @@ impl Disk {
 
     /// Records and mounts a volume whose image is here; undoes all of it when that fails.
     pub(super) fn commit(&self, wanted: &Wanted, pulled: &Pulled) -> Result<(), PublishError> {
-        let record = VolumeRecord {
+        let asked = &wanted.attributes;
+        let mut record = VolumeRecord {
             volume_id: wanted.volume_id.clone(),
             target: wanted.target.clone(),
-            image: wanted.attributes.image.clone(),
+            image: asked.image.clone(),
             digest: pulled.digest,
-            path: wanted.attributes.path.clone(),
+            path: asked.path.clone(),
+            filter: asked.filter.clone(),
+            view: asked.filter.as_ref().map(|filter| filter.name(asked.path.as_ref())),
+            options: asked.options,
             bytes: pulled.image.unpacked_bytes,
             files: pulled.image.files,
-            pod: wanted.attributes.pod.clone(),
+            pod: asked.pod.clone(),
             published_at: SystemTime::now(),
         };
-        let name = record_name(&wanted.volume_id, &wanted.target);
-        let done = self
-            .records
-            .put(&name, &record)
-            .map_err(PublishError::from)
-            .and_then(|()| self.show(&self.tree(&record), &wanted.target));
+        let done = self.put_and_show(&mut record);
         done.map_err(|error| self.after_failure(wanted, error))
+    }
+
+    fn put_and_show(&self, record: &mut VolumeRecord) -> Result<(), PublishError> {
+        let name = record_name(&record.volume_id, &record.target);
+        // From here on the store removes neither the tree nor the view.
+        self.records.put(&name, record)?;
+        crash::point("publish: recorded");
+        if let (Some(filter), Some(view)) = (&record.filter, &record.view) {
+            // Says what is wrong with the path, which must have no link in it.
+            let all = Tree { rootfs: self.store.rootfs(&record.digest), path: record.path.clone() };
+            self.mounter.identify(&all)?;
+            let path = record.path.as_ref().map_or(Path::new(""), ImagePath::as_path);
+            let view = self.store.view(&record.digest, view, path, |file| filter.shows(file))?;
+            if view.files == 0 {
+                return Err(PublishError::NothingShown(record.image.to_string()));
+            }
+            (record.bytes, record.files) = (view.bytes, view.files);
+            self.records.put(&name, record)?;
+        }
+        self.show(&self.tree(record), &record.target, record.options)
     }
 
     /// Removes what a publish leaves that did not get as far as a mount, and hands the
@@ -156,6 +180,7 @@ impl Disk {
             return Ok(None);
         }
         self.mounter.unmount(target.as_path())?;
+        crash::point("unpublish: unmounted");
         match fs::remove_dir(target.as_path()) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -167,7 +192,9 @@ impl Disk {
                 _ => return Err(MountError::new(format!("remove {target}"), e).into()),
             },
         }
+        crash::point("unpublish: the target is gone");
         self.records.remove(&name)?;
+        crash::point("unpublish: no record");
         Ok(record)
     }
 
@@ -272,9 +299,13 @@ impl Disk {
         Ok(outcome)
     }
 
-    fn show(&self, tree: &Tree, target: &TargetPath) -> Result<(), PublishError> {
+    fn show(
+        &self,
+        tree: &Tree,
+        target: &TargetPath,
+        options: MountOptions,
+    ) -> Result<(), PublishError> {
         let path = target.as_path();
-        // After the record is written: from then on the store does not remove the tree.
         let wanted: FolderId = self.mounter.identify(tree)?;
         let state = self.mounter.state(path)?;
         match state {
@@ -288,11 +319,17 @@ impl Disk {
                 .map_err(|e| MountError::new(format!("create the target folder {target}"), e))?,
             TargetState::Empty => {}
         }
-        Ok(self.mounter.mount_tree(tree, path)?)
+        crash::point("publish: the target is there");
+        self.mounter.mount_tree(tree, path, options)?;
+        crash::point("publish: mounted");
+        Ok(())
     }
 
     fn tree(&self, record: &VolumeRecord) -> Tree {
-        Tree { rootfs: self.store.rootfs(&record.digest), path: record.path.clone() }
+        match &record.view {
+            Some(view) => Tree { rootfs: self.store.view_rootfs(&record.digest, view), path: None },
+            None => Tree { rootfs: self.store.rootfs(&record.digest), path: record.path.clone() },
+        }
     }
 
     /// A record that is damaged counts as lost: what it said is found out again.

@@ -41,6 +41,9 @@ pub enum PublishError {
         /// What is wrong with it, and what to do.
         why: &'static str,
     },
+    /// Neither `include` nor `exclude` leaves a file.
+    #[error("volume attributes include and exclude: they leave no file of image {0}")]
+    NothingShown(String),
     /// The image did not come.
     #[error(transparent)]
     Pull(PullError),

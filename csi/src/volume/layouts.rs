@@ -60,7 +60,13 @@ mod tests {
     #[test]
     fn a_layout_must_lie_in_an_allowed_folder() {
         let folders = ["/srv/models", "/mnt/usb/"];
-        for image in ["oci:/srv/models:v1", "oci:/srv/models/a/b:v1", "oci:/mnt/usb//./a"] {
+        for image in [
+            "oci:/srv/models:v1",
+            "oci:/srv/models/a/b:v1",
+            "oci:/mnt/usb//./a",
+            "oci-archive:/srv/models/a.tar:v1",
+            "docker-archive:/mnt/usb/a.tar:team/a:v1",
+        ] {
             assert!(allows(&folders, image), "{image}");
             assert!(!allows(&[], image), "{image}");
         }
@@ -74,6 +80,9 @@ mod tests {
             "oci:/../srv/models/a:v1",
             "oci:./srv/models/a:v1",
             "oci:srv/models/a:v1",
+            "oci-archive:/etc/a.tar:v1",
+            "docker-archive:/srv/models/../a.tar:team/a:v1",
+            "docker-archive:a.tar",
         ] {
             assert!(!allows(&folders, image), "{image}");
         }

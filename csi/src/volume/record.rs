@@ -5,8 +5,8 @@ use std::time::SystemTime;
 use carport_image::{Digest, Reference};
 use serde::{Deserialize, Serialize};
 
-use super::{PodInfo, TargetPath, VolumeId};
-use crate::mount::ImagePath;
+use super::{Filter, PodInfo, TargetPath, VolumeId};
+use crate::mount::{ImagePath, MountOptions};
 
 /// A published volume. One file in the store's `volumes/` each; while it is there,
 /// the store keeps the image.
@@ -24,9 +24,18 @@ pub struct VolumeRecord {
     /// The folder inside the image; absent for all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<ImagePath>,
-    /// Sum of the image's file sizes.
+    /// Which of its files are shown; absent for all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<Filter>,
+    /// The view of the image that has these files. The store looks for this field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub view: Option<Digest>,
+    /// How it is mounted.
+    #[serde(default, flatten)]
+    pub options: MountOptions,
+    /// Sum of the sizes of the image's files, of those that are shown where there is a filter.
     pub bytes: u64,
-    /// Number of its files.
+    /// Number of these files.
     pub files: u64,
     /// The pod, where the kubelet told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -64,7 +73,7 @@ mod tests {
         let text = r#"{
             "volume_id": "csi-1", "target": "/pods/1/mount", "image": "registry.example/m:v1",
             "digest": "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
-            "path": "models", "bytes": 7, "files": 1,
+            "path": "models", "noexec": true, "bytes": 7, "files": 1,
             "pod": {"namespace": "n", "name": "p", "uid": "u"},
             "published_at": {"secs_since_epoch": 1, "nanos_since_epoch": 0}
         }"#;
@@ -75,5 +84,11 @@ mod tests {
         assert_eq!(serde_json::from_str::<VolumeRecord>(&again).unwrap(), record);
         let text: String = text.split_whitespace().collect();
         assert_eq!(again, text);
+
+        // As versions without them wrote it.
+        let old = text.replace(r#""noexec":true,"#, "");
+        let old: VolumeRecord = serde_json::from_str(&old).unwrap();
+        assert_eq!((old.filter, old.view), (None, None));
+        assert!(!old.options.noexec);
     }
 }

@@ -157,6 +157,67 @@ async fn a_folder_of_the_image_is_published() {
 }
 
 #[tokio::test]
+async fn only_the_files_that_are_asked_for_are_shown() {
+    let bench = Bench::new(None);
+    let files = [("config", "c"), ("w.safetensors", "ww"), ("original/w.pth", "www")];
+    let image = bench.world.pack("v1", &files).await;
+    let chosen = |include, exclude| {
+        [("image", &*image), ("path", "/models"), ("include", include), ("exclude", exclude)]
+    };
+    let (a, b) = (bench.world.target("a"), bench.world.target("b"));
+    bench.publish_with("csi-a", &a, &chosen("", "original")).await.unwrap();
+    bench.publish_with("csi-b", &b, &chosen("", "original")).await.unwrap();
+    assert!(bench.publish_with("csi-a", &a, &chosen("", "original")).await.unwrap(), "again");
+    let error = bench.publish_with("csi-a", &a, &chosen("", "")).await.unwrap_err();
+    assert!(matches!(error, PublishError::Incompatible { .. }), "{error}");
+
+    let records = bench.volumes.list().await.unwrap();
+    assert!(records.iter().all(|record| (record.files, record.bytes) == (2, 3)));
+    let shown = |record: &VolumeRecord| {
+        bench.world.store.view_rootfs(&record.digest, record.view.as_ref().unwrap())
+    };
+    let rootfs = shown(&records[0]);
+    assert_eq!(shown(&records[1]), rootfs, "one view for both");
+    let mut names: Vec<_> =
+        fs::read_dir(&rootfs).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["config", "w.safetensors"]);
+    let mounts = bench.mounter.under(&bench.world.pods).unwrap();
+    assert!(mounts.iter().all(|mount| mount.root == rootfs));
+    assert_eq!(mounts[0].shown_image(), Some(records[0].digest));
+    use std::os::unix::fs::MetadataExt as _;
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let original = bench.world.store.rootfs(&records[0].digest).join("models/w.safetensors");
+    assert_eq!(inode(&rootfs.join("w.safetensors")), inode(&original), "the same file");
+
+    // It stays as long as one volume shows it.
+    bench.unpublish("csi-a", &a).await.unwrap();
+    bench.world.store.collect().unwrap();
+    assert!(rootfs.exists());
+    bench.unpublish("csi-b", &b).await.unwrap();
+    bench.world.store.collect().unwrap();
+    assert!(!rootfs.exists() && original.exists());
+}
+
+#[tokio::test]
+async fn a_choice_that_leaves_nothing_is_an_error_and_leaves_nothing() {
+    let (bench, image) = Bench::with_image().await;
+    let target = bench.world.target("a");
+    for (name, value, says) in
+        [("include", "*.nothing", "leave no file"), ("exclude", "models", "leave no file")]
+    {
+        let attributes = [("image", &*image), (name, value)];
+        let error = bench.publish_with("csi-a", &target, &attributes).await.unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+        bench.assert_nothing_left(&target);
+    }
+    let attributes = [("image", &*image), ("path", "/nowhere"), ("include", "*")];
+    let error = bench.publish_with("csi-a", &target, &attributes).await.unwrap_err();
+    assert!(matches!(&error, PublishError::Mount(MountError::NotInImage { .. })), "{error}");
+    bench.assert_nothing_left(&target);
+}
+
+#[tokio::test]
 async fn unpublish_of_what_is_not_there_is_fine() {
     let (bench, image) = Bench::with_image().await;
     let target = bench.world.target("a");

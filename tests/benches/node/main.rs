@@ -16,6 +16,7 @@ mod measure;
 mod publish;
 mod pull;
 mod report;
+mod volume;
 
 use report::Report;
 
@@ -31,6 +32,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("publish") {
         publish::run(carport, &mut report).await.context("bench of publishes")?;
+    }
+    if wanted("volume") {
+        volume::run(carport, &mut report).await.context("bench of volumes")?;
     }
     report.table();
     Ok(())

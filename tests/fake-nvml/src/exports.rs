@@ -1,7 +1,8 @@
 //! The C functions, by NVML's published names and signatures.
 //!
 //! Each one asks the scenario first whether it shall hang or fail, then whether
-//! the library is initialised, then answers. Device handles are index + 1.
+//! the library is initialised, then answers. Device handles are index + 1; a part's handle
+//! has slot + 1 in its upper half.
 
 // The file is a C interface: it takes the caller's pointers and gives out
 // unmangled names, which is what `unsafe_code` is about.
@@ -11,6 +12,7 @@
 #![allow(clippy::missing_safety_doc)]
 
 use std::ffi::{CStr, OsStr, c_char, c_int, c_uint};
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -19,15 +21,20 @@ use std::time::Duration;
 use nvml_wrapper_sys::bindings::*;
 
 use crate::copy::scenario_beside;
-use crate::scenario::{Device, Memory, Scenario};
+use crate::scenario::{Device, Memory, MigDevice, Scenario};
 
 /// Clients between init and shutdown, and what they are told.
 struct State {
     clients: u32,
     scenario: Option<Arc<Scenario>>,
+    /// What the real library holds open from init to shutdown.
+    control: Option<File>,
 }
 
-static STATE: Mutex<State> = Mutex::new(State { clients: 0, scenario: None });
+static STATE: Mutex<State> = Mutex::new(State { clients: 0, scenario: None, control: None });
+
+/// Where a part's slot begins in its handle.
+const PART_SHIFT: u32 = 16;
 
 /// A call's outcome before it becomes a code.
 type Answer<T> = Result<T, nvmlReturn_t>;
@@ -115,6 +122,25 @@ fn of<T>(
     at(function, index, answer)
 }
 
+/// A function of the GPU or part behind `handle`.
+fn of_any<T>(
+    function: &str,
+    handle: nvmlDevice_t,
+    answer: impl FnOnce(&Device, Option<&MigDevice>) -> Answer<T>,
+) -> Answer<T> {
+    let invalid = nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT;
+    let gpu = handle.addr() & ((1 << PART_SHIFT) - 1);
+    let slot = handle.addr() >> PART_SHIFT;
+    at(function, gpu.checked_sub(1).ok_or(invalid)?, |gpu| match slot.checked_sub(1) {
+        None => answer(gpu, None),
+        Some(slot) => {
+            let enabled = gpu.mig.is_some_and(|mig| mig.current);
+            let part = gpu.mig_devices.get(slot).filter(|_| enabled);
+            answer(gpu, Some(part.ok_or(invalid)?))
+        }
+    })
+}
+
 fn supported<T>(value: Option<T>) -> Answer<T> {
     value.ok_or(nvmlReturn_enum_NVML_ERROR_NOT_SUPPORTED)
 }
@@ -190,6 +216,7 @@ fn init(function: &str) -> nvmlReturn_t {
         with_state(|state| {
             state.clients += 1;
             state.scenario = Some(scenario);
+            state.control = File::open("/dev/null").ok();
         });
     }))
 }
@@ -211,6 +238,7 @@ pub extern "C" fn nvmlShutdown() -> nvmlReturn_t {
         if state.clients == 0 {
             // Nothing drops a static when the library is unloaded.
             state.scenario = None;
+            state.control = None;
         }
     };
     code(system("nvmlShutdown", false).map(|_| with_state(last)))
@@ -266,7 +294,7 @@ macro_rules! text {
             to: *mut c_char,
             n: c_uint,
         ) -> nvmlReturn_t {
-            let answer = of(stringify!($name), device, $answer);
+            let answer = of_any(stringify!($name), device, $answer);
             // SAFETY: NVML's contract: `to` holds `n` bytes.
             unsafe { put_text(to, n, answer) }
         }
@@ -301,9 +329,13 @@ macro_rules! pair {
     };
 }
 
-text!(nvmlDeviceGetUUID, |gpu: &Device| Ok(gpu.uuid.clone()));
-text!(nvmlDeviceGetName, |gpu: &Device| Ok(gpu.name.clone()));
-text!(nvmlDeviceGetSerial, |gpu: &Device| supported(gpu.serial.clone()));
+text!(nvmlDeviceGetUUID, |gpu: &Device, part: Option<&MigDevice>| {
+    Ok(part.map_or_else(|| gpu.uuid.clone(), |part| part.uuid.clone()))
+});
+text!(nvmlDeviceGetName, |gpu: &Device, part: Option<&MigDevice>| {
+    Ok(part.map_or_else(|| gpu.name.clone(), |part| format!("{} {}", gpu.name, part.name)))
+});
+text!(nvmlDeviceGetSerial, |gpu: &Device, _| supported(gpu.serial.clone()));
 
 value!(nvmlDeviceGetBrand, nvmlBrandType_t, |gpu: &Device| Ok(gpu.brand));
 value!(nvmlDeviceGetArchitecture, nvmlDeviceArchitecture_t, |gpu: &Device| Ok(gpu.architecture));
@@ -346,6 +378,11 @@ value!(nvmlDeviceGetMemoryInfo, nvmlMemory_t, |gpu: &Device| {
     }))
 });
 
+mod events;
+mod faults;
+mod links;
+mod parts;
+
 pair!(nvmlDeviceGetCudaComputeCapability, c_int, |gpu: &Device| Ok(gpu.compute_capability));
 pair!(nvmlDeviceGetMigMode, c_uint, |gpu: &Device| {
     supported(gpu.mig.map(|mig| (mig.current.into(), mig.pending.into())))
@@ -360,13 +397,14 @@ pub unsafe extern "C" fn nvmlDeviceGetMemoryInfo_v2(
     to: *mut nvmlMemory_v2_t,
 ) -> nvmlReturn_t {
     const VERSION: c_uint = size_of::<nvmlMemory_v2_t>() as c_uint | (2 << 24);
-    let answer = of("nvmlDeviceGetMemoryInfo_v2", device, |gpu| {
+    let answer = of_any("nvmlDeviceGetMemoryInfo_v2", device, |gpu, part| {
         // SAFETY: NVML's contract: `to` is null or points to a struct whose
         // `version` the caller has set.
         if to.is_null() || unsafe { (*to).version } != VERSION {
             return Err(nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH);
         }
-        let Memory { total, reserved, used } = supported(gpu.memory)?;
+        let memory = part.map_or(gpu.memory, |part| Some(part.memory));
+        let Memory { total, reserved, used } = supported(memory)?;
         let free = total - reserved - used;
         Ok(nvmlMemory_v2_t { version: VERSION, total, reserved, free, used })
     });

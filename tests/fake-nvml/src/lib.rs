@@ -32,6 +32,10 @@
 //!   loader take one for the other. So tests in one process do not meet.
 //! - A scenario is read by `nvmlInit*` and by `nvmlDeviceGetCount_v2`, that is
 //!   once per look at the GPUs; a look never sees half of a new scenario.
+//! - Events are waited for in the file as it is: an error number (XID) that a test adds to
+//!   a GPU is heard once by each event set that was there before.
+//! - Between init and shutdown, and for each event set, a descriptor is open, as in the real
+//!   library: who forgets to close one runs out of them.
 //! - A struct whose `version` field is wrong is refused, as NVML does.
 
 mod copy;
@@ -39,4 +43,4 @@ mod exports;
 mod scenario;
 
 pub use copy::FakeNvml;
-pub use scenario::{Device, Memory, Mig, Process, Scenario, code};
+pub use scenario::{Device, Memory, Mig, MigDevice, MigProfile, NvLink, Process, Scenario, code};

@@ -64,6 +64,33 @@ pub struct Device {
     pub bar1_bytes: Option<(u64, u64)>,
     /// `None`: the GPU cannot do MIG.
     pub mig: Option<Mig>,
+    /// The parts that exist, by slot; seen in MIG mode only.
+    pub mig_devices: Vec<MigDevice>,
+    /// The sizes of parts that can be made; none where the GPU cannot do MIG.
+    pub mig_profiles: Vec<MigProfile>,
+    /// The NUMA node, which decides how far two GPUs are from each other.
+    pub numa_node: u32,
+    /// GPUs with the same number here are below one PCIe switch.
+    pub pcie_switch: Option<u32>,
+    /// PCIe generation and width now, and at most.
+    pub pcie: Option<[u32; 4]>,
+    /// Active NVLinks.
+    pub nvlinks: Vec<NvLink>,
+    /// Of each NVLink and direction, in MB/s.
+    pub nvlink_megabytes_per_second: Option<u32>,
+    /// Cluster and clique of a completed NVLink network across nodes.
+    pub fabric: Option<([u8; 16], u32)>,
+    /// Rows remapped for uncorrectable errors, whether some wait, and whether it failed.
+    pub remapped_rows: Option<(u32, bool, bool)>,
+    /// `nvmlDeviceGpuRecoveryAction_t`.
+    pub recovery_action: Option<u32>,
+    /// Uncorrectable errors since the driver was loaded.
+    pub ecc_uncorrected: Option<u64>,
+    /// Bits of `nvmlClocksThrottleReason*`.
+    pub throttle_reasons: Option<u64>,
+    /// Errors that the driver has reported, in order. A client hears of those that are
+    /// added while it listens.
+    pub xids: Vec<u64>,
     /// Persistence mode.
     pub persistence: bool,
     /// ECC mode.
@@ -104,6 +131,56 @@ pub struct Mig {
     pub current: bool,
     /// On after the next reset.
     pub pending: bool,
+}
+
+/// A part of a GPU.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigDevice {
+    /// `MIG-` and a UUID.
+    pub uuid: String,
+    /// What follows the product's name, such as `MIG 1g.10gb`; empty as on old drivers.
+    pub name: String,
+    /// GPU instance.
+    pub gpu_instance: u32,
+    /// Compute instance.
+    pub compute_instance: u32,
+    /// Slices of processors: of the compute instance, and of its GPU instance.
+    pub slices: (u32, u32),
+    /// Processors.
+    pub multiprocessors: u32,
+    /// Its memory.
+    pub memory: Memory,
+}
+
+/// A size of parts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigProfile {
+    /// `NVML_GPU_INSTANCE_PROFILE_*`.
+    pub index: u32,
+    /// The number by which the driver knows it.
+    pub id: u32,
+    /// Such as `MIG 1g.10gb`.
+    pub name: String,
+    /// Slices of processors.
+    pub slices: u32,
+    /// Memory, in MiB.
+    pub memory_mib: u64,
+    /// How many fit on an empty GPU.
+    pub instances: u32,
+    /// How many more fit.
+    pub remaining: u32,
+}
+
+/// Where an NVLink leads.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NvLink {
+    /// To the GPU of this index.
+    Gpu(u32),
+    /// To a switch, by its PCI bus.
+    Switch(u32),
 }
 
 /// A process on a GPU.
@@ -159,6 +236,25 @@ impl Device {
             memory: Some(Memory { total: 81_559 * MIB, reserved: 551 * MIB, used: 0 }),
             bar1_bytes: Some((131_072 * MIB, MIB)),
             mig: Some(Mig { current: false, pending: false }),
+            mig_devices: Vec::new(),
+            mig_profiles: vec![
+                MigProfile::h100(0, 19, 1, 9_984, 7),
+                MigProfile::h100(2, 9, 3, 40_448, 2),
+                MigProfile::h100(4, 0, 7, 81_152, 1),
+            ],
+            numa_node: index / 4,
+            pcie_switch: Some(index / 2),
+            pcie: Some([5, 16, 5, 16]),
+            // Eighteen links, to four switches.
+            nvlinks: (0..18).map(|link| NvLink::Switch(0x80 + link % 4)).collect(),
+            nvlink_megabytes_per_second: Some(26_562),
+            fabric: None,
+            remapped_rows: Some((0, false, false)),
+            recovery_action: Some(0),
+            ecc_uncorrected: Some(0),
+            // Idle.
+            throttle_reasons: Some(1),
+            xids: Vec::new(),
             persistence: true,
             ecc: Some(true),
             utilization_percent: Some((0, 0)),
@@ -175,6 +271,30 @@ impl Device {
     pub fn failing(mut self, function: &str, code: u32) -> Self {
         self.errors.insert(function.into(), code);
         self
+    }
+}
+
+impl MigProfile {
+    fn h100(index: u32, id: u32, slices: u32, memory_mib: u64, instances: u32) -> Self {
+        let gigabytes = memory_mib / 1_000 + u64::from(slices == 1);
+        let name = format!("MIG {slices}g.{}gb", gigabytes / 10 * 10);
+        Self { index, id, name, slices, memory_mib, instances, remaining: instances }
+    }
+}
+
+impl MigDevice {
+    /// A `1g.10gb` part in the slot `slot` of the GPU number `gpu`.
+    pub fn small(gpu: u32, slot: u32) -> Self {
+        const MIB: u64 = 1 << 20;
+        Self {
+            uuid: format!("MIG-00000000-0000-4000-8000-{gpu:06x}{slot:06x}"),
+            name: "MIG 1g.10gb".into(),
+            gpu_instance: 7 + slot,
+            compute_instance: 0,
+            slices: (1, 1),
+            multiprocessors: 16,
+            memory: Memory { total: 9_984 * MIB, reserved: 0, used: 0 },
+        }
     }
 }
 

@@ -138,6 +138,7 @@ impl Drop for Claim {
 
 #[cfg(test)]
 mod tests {
+    use carport_csi::mount::MountOptions;
     use carport_csi::volume::{TargetPath, VolumeId};
 
     use super::*;
@@ -149,6 +150,9 @@ mod tests {
             image: "registry.example/model:v1".parse().unwrap(),
             digest: Digest::of(b"image"),
             path: None,
+            filter: None,
+            view: None,
+            options: MountOptions::default(),
             bytes: 1,
             files: 1,
             pod: None,

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use carport_csi::fuse::{self, FuseMount};
-use carport_csi::mount::{ImagePath, KernelMounter, Mounter as _, TargetState, Tree};
+use carport_csi::mount::{ImagePath, KernelMounter, MountOptions, Mounter as _, TargetState, Tree};
 use carport_csi::volume::{TargetPath, VolumeId, VolumeRecord};
 use carport_image::store::StoredImage;
 use carport_image::{Digest, Reference, Store};
@@ -228,6 +228,9 @@ fn record(wanted: &Wanted, image: &StoredImage, name: &str) -> anyhow::Result<Vo
         image: wanted.reference.clone(),
         digest: image.digest,
         path: wanted.path.clone(),
+        filter: None,
+        view: None,
+        options: MountOptions::default(),
         bytes: image.unpacked_bytes,
         files: image.files,
         pod: None,
