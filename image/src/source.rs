@@ -1,7 +1,7 @@
 //! Where bytes come from: the edge of the world on the reading side.
 //!
 //! A [`Source`] is one image repository at one place: a registry repository
-//! ([`registry`]), an OCI layout folder ([`layout`]) or an archive ([`archive`]). It hands out manifests
+//! ([`registry`]), an OCI layout folder ([`layout`]) or an archive. It hands out manifests
 //! and ranges of blobs *unverified*; whoever asks checks length and digest.
 //! Every implementation passes the same conformance suite.
 //!

@@ -5,7 +5,8 @@
 //!   format                        version; a newer one is refused
 //!   lock                          flock: shared to commit, exclusive to collect or remove
 //!   objects/ab/<blake3>[.x]       a file's content: 0444 (0555 with .x), never changed once named
-//!   layers/<sha256>.json          what a layer unpacked to
+//!   layers/<sha256>.json          what a layer unpacked to; <sha256>.file.json where it was read as
+//!                                 one raw file, .file-gzip and .file-zstd where that was compressed
 //!   trees/<sha256>/rootfs/        hard links to objects: what a pod sees
 //!                  tree.json      sizes and layers; manifest.json, config.json as they travelled
 //!                  views/<sha256>/rootfs/   some of its files, for volumes that choose

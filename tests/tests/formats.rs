@@ -117,7 +117,15 @@ async fn a_layer_is_fetched_once_whatever_the_images_call_it() {
         same(&files, &tree(&[(name, &weights)]), tag);
         assert_eq!((pulled.fetched_bytes, pulled.written_bytes), (0, 0), "{tag}");
     }
-    assert_eq!(node.puller.store().usage().unwrap().objects, 1);
+    let store = node.puller.store();
+    assert_eq!(store.usage().unwrap().objects, 1);
+    // It goes with the last of them.
+    for (left, image) in store.images().unwrap().iter().enumerate().rev() {
+        assert!(store.remove(&image.digest).unwrap());
+        store.collect().unwrap();
+        assert_eq!(store.usage().unwrap().objects, u64::from(left > 0));
+    }
+    assert!(files_below(&store.root().join("layers")).is_empty());
 }
 
 #[tokio::test]

@@ -222,3 +222,35 @@ async fn a_right_is_looked_into_again_when_it_is_old_and_not_at_all_where_nobody
     choosy.publish(&node, &node.pod("b"), Some(BOB)).await.unwrap();
     assert_eq!(choosy.asked(), asked);
 }
+
+/// A mirror serves whom it likes; only the registry itself says who may have an image.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_serves_everybody_gives_nobody_a_right() {
+    let choosy = Choosy::start(&image(), &Gate::closed_at(u64::MAX), &[ADA]).await;
+    let (host, held) = (choosy.server.host(), image());
+    let mirror = Scripted::start(move |request| held.answer(request)).await;
+    let hosts = tempfile::tempdir().unwrap();
+    let folder = hosts.path().join(&host);
+    std::fs::create_dir(&folder).unwrap();
+    let text =
+        format!("[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n", mirror.host());
+    std::fs::write(folder.join("hosts.toml"), text).unwrap();
+    let config = format!("registries: {{hostsDir: {}}}\n", hosts.path().display());
+    let setup = Setup { config: Some(config), ..Setup::plain_http(&[&host]) };
+    let Some(node) = Node::set_up(binary(), setup) else { return };
+
+    let (ada, bob) = (node.pod("ada"), node.pod("bob"));
+    for _before_and_after_it_is_here in 0..2 {
+        let refused = choosy.publish(&node, &bob, Some(BOB)).await;
+        assert_eq!(code(refused), Code::PermissionDenied);
+        choosy.publish(&node, &ada, Some(ADA)).await.unwrap();
+    }
+    let layers: Vec<String> = image().layers.iter().map(ToString::to_string).collect();
+    for r in mirror.requests() { eprintln!("M {} {}", r.method, r.target); }
+    for r in choosy.server.requests() { eprintln!("O {} {}", r.method, r.target); }
+    let from_here = choosy.server.requests();
+    assert!(!from_here.iter().any(|asked| layers.iter().any(|l| asked.target.contains(l))));
+    // What the registry gives to everybody is everybody's, by way of the mirror, too.
+    choosy.set(|state| state.everybody = true);
+    choosy.publish(&node, &bob, Some(BOB)).await.unwrap();
+}

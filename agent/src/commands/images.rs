@@ -62,6 +62,7 @@ pub(super) fn ls(output: Output, config: &Config) -> anyhow::Result<()> {
                 vec![
                     name.clone(),
                     super::ask::short(&image.digest),
+                    image.packaging.clone(),
                     size(image.unpacked_bytes),
                     image.files.to_string(),
                     time(image.pulled_at),
@@ -69,7 +70,7 @@ pub(super) fn ls(output: Output, config: &Config) -> anyhow::Result<()> {
             };
             names.iter().map(row).collect::<Vec<_>>()
         });
-        table(&["REFERENCE", "DIGEST", "SIZE", "FILES", "PULLED"], rows)
+        table(&["REFERENCE", "DIGEST", "PACKAGING", "SIZE", "FILES", "PULLED"], rows)
     })
 }
 

@@ -202,8 +202,9 @@ impl Keeper {
             let digest = pull.digest.or_else(|| state.resolve(&pull.reference));
             if let Some(image) = digest.and_then(|digest| state.images.get(&digest)) {
                 let mut pull = pull.clone();
-                if pull.total_bytes == 0 {
-                    // A quick one, last seen before its manifest was here.
+                if pull.total_bytes == 0 && image.pulled_at >= pull.started_at {
+                    // A quick one, last seen before its manifest was here; not one of an image
+                    // that was here before.
                     pull.total_bytes = image.layers.iter().map(|layer| layer.size_bytes).sum();
                 }
                 self.metrics.pulls.done(&pull);

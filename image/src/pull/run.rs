@@ -133,7 +133,7 @@ impl Inner {
     async fn present(&self, digest: Digest) -> Result<Pulled, PullError> {
         let image = self.disk(move |store| store.image_unnamed(&digest)).await?;
         let image = image.ok_or_else(|| {
-            PullError::NotStored(format!(
+            PullError::Cancelled(format!(
                 "image {digest} was removed at this moment: pull it again"
             ))
         })?;

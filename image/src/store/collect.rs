@@ -5,7 +5,6 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -15,15 +14,12 @@ use super::record::Lock;
 use super::{LayerRecord, RecordKind, Store, trees};
 use crate::digest::Digest;
 
-/// A pull that nobody went on with for so long is given up, and its bytes with it.
-const PARTIAL_LAYER_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
-
 /// What a collection freed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Collected {
     /// Number of objects removed.
     pub objects: u64,
-    /// Their disk blocks.
+    /// Their disk blocks, and those of layers that no pull goes on with.
     pub bytes: u64,
 }
 
@@ -42,8 +38,14 @@ impl Store {
         }
         let removed = {
             let _exclusive = Lock::exclusive(&self.path("lock"))?;
-            let holders: Vec<(String, Holder)> = self.records(RecordKind::Volumes).list()?;
-            if let Some((volume, _)) = holders.iter().find(|(_, holder)| holder.digest == *digest) {
+            let volumes = self.records(RecordKind::Volumes);
+            for volume in volumes.names()? {
+                // A record that cannot be read may be of this image: better an error than a pod
+                // whose files vanish.
+                let holder: Option<Holder> = volumes.get(&volume)?;
+                if holder.is_none_or(|holder| holder.digest != *digest) {
+                    continue;
+                }
                 return Err(StoreError::InUse(format!(
                     "image {digest} is mounted as volume {volume}: stop the pods that use it first"
                 )));
@@ -63,9 +65,10 @@ impl Store {
         }
     }
 
-    /// Removes every object that neither a tree nor a pull in flight uses.
+    /// Removes every object that neither a tree nor a pull in flight uses, and every partial layer that
+    /// no pull is at: who asks for room gets all there is.
     pub fn collect(&self) -> Result<Collected, StoreError> {
-        self.drop_old_partial_layers()?;
+        let partial_bytes = self.drop_partial_layers()?;
         let _exclusive = Lock::exclusive(&self.path("lock"))?;
         self.drop_unused_views()?;
         let leased = self.leased()?;
@@ -84,7 +87,7 @@ impl Store {
             records.push((name, record));
         }
 
-        let mut collected = Collected::default();
+        let mut collected = Collected { objects: 0, bytes: partial_bytes };
         self.walk_objects(|path, meta| {
             let name = path.file_name().unwrap_or_default();
             if meta.nlink() > 1 || kept.contains(name) {
@@ -111,26 +114,24 @@ impl Store {
         Ok(collected)
     }
 
-    fn drop_old_partial_layers(&self) -> Result<(), StoreError> {
+    /// Gives up layers that nobody works on any more; returns the bytes that were freed.
+    fn drop_partial_layers(&self) -> Result<u64, StoreError> {
         let ingest = self.path("ingest");
         let what = || format!("read {}", ingest.display());
+        let mut bytes = 0;
         for entry in fs::read_dir(&ingest).context(what)? {
-            let entry = entry.context(what)?;
-            let name = entry.file_name();
+            let name = entry.context(what)?.file_name();
             let Some(digest) = name.to_str().and_then(|name| Digest::from_hex(name).ok()) else {
                 continue;
             };
-            let age = entry
-                .metadata()
-                .and_then(|meta| meta.modified())
-                .ok()
-                .and_then(|at| SystemTime::now().duration_since(at).ok());
-            if age.is_some_and(|age| age > PARTIAL_LAYER_AGE)
-                && let Some(ingest) = self.ingest(&digest)?
-            {
+            // One that is locked is being brought in at this moment.
+            if let Some(ingest) = self.ingest(&digest)? {
+                for file in fs::read_dir(ingest.folder()).context(what)?.flatten() {
+                    bytes += file.metadata().map(|meta| meta.blocks() * 512).unwrap_or_default();
+                }
                 ingest.discard()?;
             }
         }
-        Ok(())
+        Ok(bytes)
     }
 }

@@ -187,7 +187,23 @@ fn a_mounted_image_is_not_removed() {
     assert!(store.image(&image).unwrap().is_some());
     assert!(volumes.remove("csi-1").unwrap());
     assert!(!volumes.remove("csi-1").unwrap());
+    // A record that cannot be read may speak of any image.
+    fs::write(store.path("volumes").join("csi-2.json"), "{").unwrap();
+    assert!(matches!(store.remove(&image), Err(StoreError::Corrupt(_))));
+    fs::remove_file(store.path("volumes").join("csi-2.json")).unwrap();
     assert!(store.remove(&image).unwrap());
+}
+
+#[test]
+fn an_image_whose_record_is_damaged_can_be_made_again() {
+    let (_dir, store) = store();
+    let (layer, _) = put_layer(&store, b"weights");
+    let image = put_image(&store, "image", &[layer]);
+    fs::remove_file(store.tree(&image).join("tree.json")).unwrap();
+    assert_eq!(store.image(&image).unwrap(), None);
+    assert_eq!(put_image(&store, "image", &[layer]), image);
+    assert_eq!(store.image(&image).unwrap().unwrap().files, 1);
+    assert!(listing(&store.path("ingest")).is_empty());
 }
 
 #[test]

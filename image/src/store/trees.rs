@@ -104,8 +104,11 @@ impl Store {
         let target = self.tree(&new.digest);
         {
             let _shared = Lock::shared(&self.path("lock"))?;
+            // What stands there without a readable record is damage, and makes room.
+            let damaged = detach(self, &new.digest)?;
             fs::rename(&staging, &target)
                 .context(|| format!("rename {} to {}", staging.display(), target.display()))?;
+            damaged.as_deref().map(remove_tree).transpose()?;
         }
         crash::point("tree: named");
         record::sync_dir(&self.path("trees"))?;

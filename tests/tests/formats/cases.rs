@@ -4,36 +4,36 @@ use carport_tests::images::noise;
 use carport_tests::layouts::{Files, Layer};
 use serde_json::{Value, json};
 
-pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-pub const OCI_TAR: &str = "application/vnd.oci.image.layer.v1.tar";
-pub const FILEPATH: &str = "org.cncf.model.filepath";
-pub const TITLE: &str = "org.opencontainers.image.title";
-pub const EMPTY: &str = "application/vnd.oci.empty.v1+json";
+pub(crate) const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+pub(crate) const OCI_TAR: &str = "application/vnd.oci.image.layer.v1.tar";
+pub(crate) const FILEPATH: &str = "org.cncf.model.filepath";
+pub(crate) const TITLE: &str = "org.opencontainers.image.title";
+pub(crate) const EMPTY: &str = "application/vnd.oci.empty.v1+json";
 
-pub fn tree(files: &[(&str, &[u8])]) -> Files {
+pub(crate) fn tree(files: &[(&str, &[u8])]) -> Files {
     files.iter().map(|(path, content)| ((*path).to_owned(), content.to_vec())).collect()
 }
 
 /// The config of an OCI image of these layers.
-pub fn image_config(layers: &[Layer]) -> Value {
+pub(crate) fn image_config(layers: &[Layer]) -> Value {
     let diff_ids: Vec<_> = layers.iter().map(|layer| &layer.diff_id).collect();
     json!({"architecture": "amd64", "os": "linux",
            "rootfs": {"type": "layers", "diff_ids": diff_ids}})
 }
 
 /// An image or artifact, and what becomes of it.
-pub struct Case {
-    pub name: &'static str,
-    pub packaging: &'static str,
-    pub artifact_type: &'static str,
-    pub config_type: &'static str,
-    pub config: Value,
-    pub layers: Vec<Layer>,
-    pub tree: Files,
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) packaging: &'static str,
+    pub(crate) artifact_type: &'static str,
+    pub(crate) config_type: &'static str,
+    pub(crate) config: Value,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) tree: Files,
 }
 
 /// Weights that span several chunks and ranges.
-pub fn weights() -> Vec<u8> {
+pub(crate) fn weights() -> Vec<u8> {
     noise(3_000_001, 7)
 }
 
@@ -250,7 +250,7 @@ fn oras(weights: &[u8]) -> Case {
 }
 
 /// One of each.
-pub fn all(weights: &[u8]) -> Vec<Case> {
+pub(crate) fn all(weights: &[u8]) -> Vec<Case> {
     let mut cases = images(weights);
     cases.extend([model_pack(weights, "cncf"), model_pack(weights, "cnai"), oras(weights)]);
     cases.extend(model_kits(weights));
