@@ -6,8 +6,8 @@ SHELL := /bin/bash
 CARGO ?= cargo
 
 # What the build, the tests and the demo use besides Rust. All of it is in Debian and Ubuntu.
-PACKAGES := build-essential ca-certificates curl docker-registry fuse3 pkg-config protobuf-compiler skopeo util-linux
-PROGRAMS := cc curl docker-registry fusermount3 protoc skopeo unshare
+PACKAGES := build-essential ca-certificates curl docker-registry fuse3 openssl pkg-config protobuf-compiler python3 skopeo util-linux zstd
+PROGRAMS := cc curl docker-registry fusermount3 openssl protoc python3 skopeo unshare zstd
 
 .PHONY: help
 help: ## Show this list
