@@ -136,11 +136,12 @@ pub async fn look_once(options: GpuOptions, patience: Duration) -> std::io::Resu
     let mut reader = handle.reader();
     let started = Instant::now();
     let both = async {
-        while reader.latest.borrow().sampled_at.is_none() && handle.owner.is_some() {
-            let _ = reader.latest.changed().await;
+        // Switched off, both are as they will stay.
+        if handle.owner.is_some() {
+            let _ = reader.latest.wait_for(|inventory| inventory.sampled_at.is_some()).await;
         }
-        while reader.allocations.borrow().is_not_asked() && handle.asking.is_some() {
-            let _ = reader.allocations.changed().await;
+        if handle.asking.is_some() {
+            let _ = reader.allocations.wait_for(|said| !said.is_not_asked()).await;
         }
     };
     // Out of patience is what the inventory then says.

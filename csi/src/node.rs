@@ -89,7 +89,14 @@ impl Node for NodeService {
         request: Request<NodeGetVolumeStatsRequest>,
     ) -> Result<Response<NodeGetVolumeStatsResponse>, Status> {
         let request = request.into_inner();
-        let (volume_id, target) = parse_place(&request.volume_id, &request.volume_path)?;
+        let volume_id = VolumeId::parse(&request.volume_id)?;
+        let target = match TargetPath::parse(&request.volume_path) {
+            Ok(target) => target,
+            Err(error) if request.volume_path.is_empty() => return Err(error.into()),
+            // Where nothing can be published nothing is: the conformance suite asks for
+            // `some/path`, and wants to hear that.
+            Err(error) => return Err(status(Code::NotFound, &error)),
+        };
         let stats = self
             .volumes
             .stats(&volume_id, &target)

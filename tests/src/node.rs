@@ -50,6 +50,8 @@ pub struct Setup {
     pub log_level: Option<String>,
     /// Folders in which a pod's image may be an OCI layout.
     pub layout_folders: Vec<PathBuf>,
+    /// A folder of `<registry>/hosts.toml`; none where nothing is said, whatever this machine has.
+    pub hosts_dir: Option<PathBuf>,
     /// The agent's configuration file.
     pub config: Option<String>,
     /// A shell script that prepares the mount namespace: `$ROOT` is the store's folder,
@@ -350,7 +352,10 @@ impl Node {
             .env("CARPORT_ROOT", self.root())
             .env("CARPORT_SOCKET", self.socket())
             .env("DOCKER_CONFIG", "/nonexistent")
-            .env("CARPORT_HOSTS_DIR", "/nonexistent");
+            .env(
+                "CARPORT_HOSTS_DIR",
+                self.setup.hosts_dir.as_deref().unwrap_or(Path::new("/nonexistent")),
+            );
         if !self.setup.plain_http.is_empty() {
             command.env("CARPORT_PLAIN_HTTP", self.setup.plain_http.join(","));
         }

@@ -150,7 +150,13 @@ impl Controller for Forward {
         &self,
         _: Request<controller::ControllerGetCapabilitiesRequest>,
     ) -> Result<Response<controller::ControllerGetCapabilitiesResponse>, Status> {
-        Ok(Response::new(controller::ControllerGetCapabilitiesResponse {}))
+        use controller::controller_service_capability::{Rpc, Type, rpc};
+        // The suite takes a controller that offers nothing for a broken one.
+        let rpc = Rpc { r#type: rpc::Type::CreateDeleteVolume.into() };
+        let capability = controller::ControllerServiceCapability { r#type: Some(Type::Rpc(rpc)) };
+        Ok(Response::new(controller::ControllerGetCapabilitiesResponse {
+            capabilities: vec![capability],
+        }))
     }
 
     async fn create_volume(

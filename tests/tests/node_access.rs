@@ -235,8 +235,8 @@ async fn a_mirror_that_serves_everybody_gives_nobody_a_right() {
     let text =
         format!("[host.\"http://{}\"]\ncapabilities = [\"pull\", \"resolve\"]\n", mirror.host());
     std::fs::write(folder.join("hosts.toml"), text).unwrap();
-    let config = format!("registries: {{hostsDir: {}}}\n", hosts.path().display());
-    let setup = Setup { config: Some(config), ..Setup::plain_http(&[&host]) };
+    let hosts_dir = Some(hosts.path().to_owned());
+    let setup = Setup { hosts_dir, ..Setup::plain_http(&[&host]) };
     let Some(node) = Node::set_up(binary(), setup) else { return };
 
     let (ada, bob) = (node.pod("ada"), node.pod("bob"));
@@ -246,8 +246,6 @@ async fn a_mirror_that_serves_everybody_gives_nobody_a_right() {
         choosy.publish(&node, &ada, Some(ADA)).await.unwrap();
     }
     let layers: Vec<String> = image().layers.iter().map(ToString::to_string).collect();
-    for r in mirror.requests() { eprintln!("M {} {}", r.method, r.target); }
-    for r in choosy.server.requests() { eprintln!("O {} {}", r.method, r.target); }
     let from_here = choosy.server.requests();
     assert!(!from_here.iter().any(|asked| layers.iter().any(|l| asked.target.contains(l))));
     // What the registry gives to everybody is everybody's, by way of the mirror, too.

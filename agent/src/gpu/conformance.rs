@@ -231,6 +231,38 @@ async fn switched_off_is_said_and_nothing_is_loaded() {
     handle.shutdown(PATIENCE).await;
 }
 
+/// Has news from the second look on.
+struct NewsProbe {
+    first: FakeProbe,
+    looks: mpsc::Sender<()>,
+}
+
+impl GpuProbe for NewsProbe {
+    fn sample(&mut self) -> Result<Sample, ProbeError> {
+        let _ = self.looks.send(());
+        self.first.sample()
+    }
+
+    fn has_news(&mut self) -> bool {
+        true
+    }
+
+    fn close(&mut self) {}
+}
+
+#[tokio::test]
+async fn news_of_the_driver_do_not_wait_for_the_next_look() {
+    let (first, _show) = FakeProbe::new(Scene::Gpus(1));
+    let (looks, looked) = mpsc::channel();
+    let hour = Duration::from_secs(3600);
+    let pace = Pace { interval: hour, retry_interval: hour };
+    let handle = start_with(NewsProbe { first, looks }, pace).unwrap();
+    for _ in 0..2 {
+        looked.recv_timeout(PATIENCE).expect("a look");
+    }
+    handle.shutdown(PATIENCE).await;
+}
+
 /// Answers once, then panics.
 struct PanickingProbe {
     first: FakeProbe,

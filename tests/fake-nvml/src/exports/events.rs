@@ -28,8 +28,13 @@ pub unsafe extern "C" fn nvmlEventSetCreate(to: *mut nvmlEventSet_t) -> nvmlRetu
     let answer = system("nvmlEventSetCreate", false).map(|_| {
         let new = Listener { told: BTreeMap::new(), _descriptor: File::open("/dev/null").ok() };
         let mut listeners = LISTENERS.lock().unwrap_or_else(PoisonError::into_inner);
-        listeners.push(Some(new));
-        std::ptr::without_provenance_mut(listeners.len())
+        // A place that was given back serves again.
+        let place = listeners.iter().position(Option::is_none).unwrap_or(listeners.len());
+        match listeners.get_mut(place) {
+            Some(free) => *free = Some(new),
+            None => listeners.push(Some(new)),
+        }
+        std::ptr::without_provenance_mut(place + 1)
     });
     // SAFETY: NVML's contract: `to` is valid.
     unsafe { put(to, answer) }
