@@ -146,7 +146,9 @@ pub async fn look_once(options: GpuOptions, patience: Duration) -> std::io::Resu
     };
     // Out of patience is what the inventory then says.
     let _ = tokio::time::timeout(patience, both).await;
-    let inventory = GpuInventory::clone(&reader.current());
+    // As it was when it was looked at: waiting for the kubelet makes it no older.
+    let mut inventory = GpuInventory::clone(&reader.latest.borrow());
+    reader.allocations.borrow().join(&mut inventory);
     handle.shutdown(patience.saturating_sub(started.elapsed())).await;
     Ok(inventory)
 }

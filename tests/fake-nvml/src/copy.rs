@@ -52,6 +52,10 @@ impl FakeNvml {
         let part = self.folder.path().join("part");
         fs::write(&part, image).expect("write the copy of the fake NVML");
         fs::rename(&part, self.library()).expect("name the copy of the fake NVML");
+        // The loader takes two files with one inode number for one library, and a copy may be
+        // loaded for longer than its folder lasts: kept open, its number goes to no other.
+        let kept = fs::File::open(self.library()).expect("open the copy of the fake NVML");
+        std::mem::forget(kept);
     }
 
     /// Changes the scenario; the next look at the GPUs sees it.

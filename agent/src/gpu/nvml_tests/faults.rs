@@ -78,8 +78,8 @@ async fn a_sick_gpu_is_well_only_after_a_new_start_of_the_library() {
     let mut scenario = hit(2, 1, &[95]);
     scenario.devices[1].recovery_action = Some(1);
     fake.set(&scenario);
-    let both = |it: &GpuInventory| codes(&it.gpus[1]) == ["GPU_RECOVERY_ACTION", "GPU_XID_95"];
-    let sick = wait_for(&reader, both).await;
+    let sick = wait_for(&reader, |it| it.gpus[1].faults.last_xid == Some(95)).await;
+    assert_eq!(sick.gpus[1].health.state, HealthState::Unhealthy);
     assert_eq!(sick.gpus[1].faults.recovery_action, Some(RecoveryAction::GpuReset));
     let still = wait_for(&reader, |it| codes(&it.gpus[1]) == ["GPU_RECOVERY_ACTION"]).await;
     assert_eq!(still.gpus[1].health.state, HealthState::Unhealthy);
