@@ -247,7 +247,7 @@ pub struct RegistryArgs {
     /// A docker config.json with credentials [default: $DOCKER_CONFIG or ~/.docker].
     #[arg(long, env = "CARPORT_DOCKER_CONFIG", value_name = "FILE", value_parser = text::parse_absolute)]
     pub docker_config: Option<PathBuf>,
-    /// containerd's folder of <registry>/hosts.toml: mirrors, certificates, plain HTTP [default: /etc/containerd/certs.d].
+    /// containerd's certs.d, with a hosts.toml a registry: mirrors, certificates, plain HTTP [default: /etc/containerd/certs.d].
     #[arg(long, env = "CARPORT_HOSTS_DIR", value_name = "DIR", value_parser = text::parse_absolute)]
     pub hosts_dir: Option<PathBuf>,
 }
