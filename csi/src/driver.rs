@@ -9,7 +9,7 @@
 //!
 //! The kubelet calls the CSI socket as soon as it sees the registration socket, and that
 //! has to answer within a second: so it is shown last, and goes first. In between it is shown
-//! again whenever somebody removes it: see [`crate::registration`].
+//! again whenever somebody removes it: see `registration`.
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
