@@ -37,8 +37,7 @@ demo: setup ## Run the main job on this machine and show each step (as root)
 
 .PHONY: test
 test: setup ## Run all tests; those that need root, FUSE or a registry say so where they skip
-	$(CARGO) test --workspace --all-targets
-	$(CARGO) test --workspace --doc
+	$(CARGO) test --workspace --no-fail-fast
 
 .PHONY: test-conformance
 test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else built by Go where it can be (as root)

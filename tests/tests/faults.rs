@@ -284,7 +284,7 @@ async fn no_signature_of_a_redirect_gets_into_an_error() {
         let error = source.blob(&Digest::of(BLOB), 10, 0..10).await.err().unwrap();
         assert!(matches!(error, SourceError::Invalid(_)), "{error:?}");
         let text = error.to_string();
-        assert!(text.contains("redirect") && text.contains("plain_http"), "{text}");
+        assert!(text.contains("redirect") && text.contains("registries.plainHttp"), "{text}");
         assert!(!text.contains("hunter2"), "{text}");
     }
 }
