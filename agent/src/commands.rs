@@ -129,7 +129,9 @@ fn open_store(config: &Config) -> anyhow::Result<Store> {
 fn open_puller(config: &Config) -> anyhow::Result<Puller> {
     config.check()?;
     let sources = Sources::new(config.registry_options())?;
-    Ok(Puller::new(open_store(config)?, sources, config.pull_options()))
+    let puller = Puller::new(open_store(config)?, sources, config.pull_options());
+    puller.set_bandwidth(config.bandwidth());
+    Ok(puller)
 }
 
 #[cfg(test)]

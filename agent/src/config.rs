@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use carport_image::pull::{AccessCheck, PullOptions, RegistryAway};
+use carport_image::pull::{AccessCheck, Bandwidth, PullOptions, RegistryAway};
 use carport_image::source::RegistryOptions;
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,7 @@ pub mod load;
 pub mod text;
 
 pub use load::ConfigError;
+pub use text::Rate;
 
 /// All that can be configured. `Default` is what the user who runs the process gets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -149,6 +150,10 @@ pub struct Pull {
     /// Attempts for each request to a registry, the first included.
     #[serde(deserialize_with = "text::count::<_, 1, 100>")]
     pub attempts: usize,
+    /// What all pulls together may take of the network; absent: all there is.
+    pub bandwidth: Option<Rate>,
+    /// What prefetches may take of it.
+    pub prefetch_bandwidth: Option<Rate>,
 }
 
 /// What is pulled without being asked.
@@ -277,6 +282,8 @@ impl Default for Pull {
             connections_per_layer: options.connections_per_layer,
             window_bytes: ByteSize(options.window_bytes),
             attempts: options.attempts as usize,
+            bandwidth: None,
+            prefetch_bandwidth: None,
         }
     }
 }
@@ -326,10 +333,11 @@ impl Config {
             )));
         }
         // Where a registry serves no ranges, a layer holds its connection while it waits for
-        // memory; the layer whose turn it is must still get one.
-        if connections <= self.pull.concurrent_layers {
+        // memory; the layer whose turn it is must still get one. There are as many again of
+        // those that are waited for.
+        if connections <= 2 * self.pull.concurrent_layers {
             return Err(too_few(format!(
-                "is not more than pull.concurrentLayers ({}): layers from a registry without \
+                "is not more than twice pull.concurrentLayers ({}): layers from a registry without \
                  ranges hold a connection each, and none would be left; raise the one or lower \
                  the other",
                 self.pull.concurrent_layers
@@ -390,6 +398,14 @@ impl Config {
             connections_per_layer: self.pull.connections_per_layer,
             window_bytes: self.pull.window_bytes.as_u64(),
             attempts: u32::try_from(self.pull.attempts).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// What pulling may take of the network.
+    pub fn bandwidth(&self) -> Bandwidth {
+        Bandwidth {
+            total_bytes_per_second: self.pull.bandwidth.map(Rate::bytes_per_second),
+            prefetch_bytes_per_second: self.pull.prefetch_bandwidth.map(Rate::bytes_per_second),
         }
     }
 }

@@ -99,6 +99,7 @@ impl Agent {
         let store = tokio::task::spawn_blocking(move || Store::open(root)).await??;
         let sources = Sources::new(config.registry_options())?;
         let puller = Puller::new(store, sources, config.pull_options());
+        puller.set_bandwidth(config.bandwidth());
         let layouts = LayoutFolders::new(&config.csi.layout_folders);
         let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
         if let Some(check) = config.access_check() {

@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -38,17 +38,23 @@ mod fetch;
 mod flight;
 mod layers;
 mod meter;
+mod pace;
 mod run;
+mod slots;
 
 pub use access::{AccessCheck, RegistryAway};
 use board::{Board, Entry};
 use fetch::Fetcher;
 use flight::{Flight, Flights};
+pub use pace::Bandwidth;
+pub use slots::Priority;
+use slots::Slots;
 
 /// Limits of a [`Puller`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PullOptions {
-    /// Layers on their way at the same time, over all pulls.
+    /// Layers on their way at the same time, over all pulls; as many again where some are waited for
+    /// and some are prefetched.
     pub concurrent_layers: usize,
     /// Ranged requests at the same time within one layer.
     pub connections_per_layer: usize,
@@ -83,11 +89,13 @@ pub struct PullRequest {
     /// Whether an image that is here is given only to who may have it of its registry.
     /// Absent: to everybody.
     pub access: Option<AccessCheck>,
+    /// Who goes first. A pull in flight that a more urgent request joins becomes as urgent.
+    pub priority: Priority,
 }
 
 impl PullRequest {
     /// The image for this machine, when it is not here yet, without credentials of its own,
-    /// asked for by somebody who may have any image.
+    /// asked for by somebody who may have any image, and waits for it.
     pub fn new(reference: Reference) -> Self {
         Self {
             reference,
@@ -95,6 +103,7 @@ impl PullRequest {
             policy: PullPolicy::default(),
             platform: Platform::default(),
             access: None,
+            priority: Priority::Demand,
         }
     }
 }
@@ -120,6 +129,8 @@ pub struct PullProgress {
     pub digest: Option<Digest>,
     /// The stage.
     pub state: PullState,
+    /// Of the most urgent who asked for it.
+    pub priority: Priority,
     /// Bytes of layers that arrived or were here already, as they travel.
     pub done_bytes: u64,
     /// Of these, bytes that came from the source since the pull began.
@@ -254,7 +265,7 @@ struct Inner {
     attempts: u32,
     images: Flights<ImageKey, Result<Pulled, PullError>, Arc<Entry>>,
     layers: layers::LayerFlights,
-    layer_slots: Arc<Semaphore>,
+    slots: Arc<Slots>,
     board: Board,
     /// One grant is noted at a time: each adds to what the record says.
     grants: tokio::sync::Mutex<()>,
@@ -278,7 +289,6 @@ impl Puller {
     pub fn new(store: Store, sources: Sources, options: PullOptions) -> Self {
         let fetcher =
             Fetcher::new(options.window_bytes, options.connections_per_layer, options.attempts);
-        let slots = options.concurrent_layers.clamp(1, Semaphore::MAX_PERMITS);
         Self {
             inner: Arc::new(Inner {
                 store,
@@ -287,7 +297,7 @@ impl Puller {
                 attempts: options.attempts,
                 images: Flights::default(),
                 layers: Flights::default(),
-                layer_slots: Arc::new(Semaphore::new(slots)),
+                slots: Arc::new(Slots::new(options.concurrent_layers)),
                 board: Board::default(),
                 grants: tokio::sync::Mutex::default(),
                 tasks: TaskTracker::new(),
@@ -310,9 +320,9 @@ impl Puller {
             secret: request.secret.clone(),
             access: request.access,
         };
-        let inner = Arc::clone(&self.inner);
+        let (inner, priority) = (Arc::clone(&self.inner), request.priority);
         let flight = self.inner.images.join(&key, |stop| {
-            let entry = inner.board.enter(&request.reference);
+            let entry = inner.board.enter(&request.reference, request.priority);
             let (inner, shown) = (Arc::clone(&inner), Arc::clone(&entry));
             let work = async move {
                 let _tracked = inner.tasks.token();
@@ -322,7 +332,20 @@ impl Puller {
             };
             (entry, work)
         });
+        if flight.state.raise(priority) {
+            self.inner.slots.dispatch();
+        }
         PullHandle { flight }
+    }
+
+    /// Sets what pulling may take of the network, from now on, for pulls in flight, too.
+    pub fn set_bandwidth(&self, caps: Bandwidth) {
+        self.inner.fetcher.pace.set(caps);
+    }
+
+    /// What pulling may take of the network.
+    pub fn bandwidth(&self) -> Bandwidth {
+        self.inner.fetcher.pace.caps()
     }
 
     /// Pulls in flight, and recent failures, in the order in which they were asked for.

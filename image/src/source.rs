@@ -68,6 +68,11 @@ pub trait Source: Send + Sync {
         range: Range<u64>,
     ) -> Result<BlobBody, SourceError>;
 
+    /// Whether its bytes are on this machine's own disks, and cost the network nothing.
+    fn is_local(&self) -> bool {
+        false
+    }
+
     /// Takes note that a blob turned out wrong: places that served one and are not the
     /// authority are not asked again. True when the next request goes elsewhere.
     fn distrust(&self) -> bool {

@@ -18,6 +18,11 @@ fn sizes_and_durations_are_text() {
     assert_eq!(config.registries.read_timeout, Duration::from_secs(120));
     assert_eq!(config.registries.connect_timeout, Duration::from_millis(500));
     assert_eq!(parse("pull: {windowBytes: 64Mi}").unwrap().pull.window_bytes.as_u64(), 64 << 20);
+
+    let caps = parse("pull: {bandwidth: 1GB/s, prefetchBandwidth: 200MiB}").unwrap().bandwidth();
+    assert_eq!(caps.total_bytes_per_second.unwrap().get(), 1_000_000_000);
+    assert_eq!(caps.prefetch_bytes_per_second.unwrap().get(), 200 << 20);
+    assert_eq!(parse("pull: {bandwidth: null}").unwrap().bandwidth(), Bandwidth::default());
 }
 
 #[test]
@@ -35,6 +40,7 @@ fn a_wrong_value_names_line_field_and_what_to_write() {
         ("http: {listen: localhost}\n", "/etc/c.yaml:1:16: http.listen: ", "127.0.0.1:9760"),
         ("gpu: {interval: 10}\n", "/etc/c.yaml:1:17: gpu.interval: ", "such as 10s"),
         ("pull: {windowBytes: 1KiB}\n", "/etc/c.yaml:1:21: pull.windowBytes: ", "from 16MiB"),
+        ("pull: {bandwidth: 10B/s}\n", "/etc/c.yaml:1:19: pull.bandwidth: ", "64KiB/s or more"),
         ("log: {level: 'a=b=c'}\n", "/etc/c.yaml:1:14: log.level: ", "error, warn, info"),
         ("log: {format: xml}\n", "/etc/c.yaml:1:15: log.format: ", "json"),
         (
@@ -87,9 +93,9 @@ fn connections_must_suffice_for_one_layer_and_be_more_than_layers() {
     config.pull.concurrent_layers = 8;
     let error = config.check().unwrap_err().to_string();
     let start =
-        "configuration: registries.connections: 8 is not more than pull.concurrentLayers (8)";
+        "configuration: registries.connections: 8 is not more than twice pull.concurrentLayers (8)";
     assert!(error.starts_with(start), "{error}");
-    config.registries.connections = 9;
+    config.registries.connections = 17;
     config.check().unwrap();
 }
 
@@ -97,6 +103,7 @@ fn connections_must_suffice_for_one_layer_and_be_more_than_layers() {
 fn what_is_printed_reads_back_as_the_same() {
     let mut config = Config::default();
     config.pull.window_bytes = ByteSize(100_000_001);
+    config.pull.bandwidth = Some("100MB/s".parse().unwrap());
     config.registries.docker_config = Some("/etc/docker.json".into());
     let yaml = serde_saphyr::to_string(&config).unwrap();
     assert_eq!(parse(&yaml).unwrap(), config, "{yaml}");

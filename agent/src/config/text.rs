@@ -5,12 +5,14 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use serde::de::{Deserialize, Deserializer, Error as _};
-use serde::ser::Serializer;
+use serde::ser::{Serialize, Serializer};
 
 /// `sun_path` of a unix socket holds 108 bytes, the last one NUL. Seven are kept free: a
 /// socket stands under another name in the same directory before it is renamed into place.
@@ -20,6 +22,9 @@ const MAX_SOCKET_PATH: usize = 100;
 const MIN_WINDOW: u64 = 16 << 20;
 /// Above this something else than a window was meant.
 const MAX_WINDOW: u64 = 64 << 30;
+
+/// A range of one request takes minutes at this rate; below, time-outs would come first.
+const MIN_RATE: u64 = 64 << 10;
 
 /// A Kubernetes node name: lower-case letters, digits, `-` and `.`.
 ///
@@ -156,6 +161,44 @@ fn parse_window(text: &str) -> Result<ByteSize, String> {
     Err(format!("{text:?} is out of range; write something from 16MiB to 64GiB"))
 }
 
+/// Bytes a second; never none at all, which would be a stop and not a cap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate(NonZeroU64);
+
+impl Rate {
+    /// In bytes a second.
+    pub fn bytes_per_second(self) -> NonZeroU64 {
+        self.0
+    }
+}
+
+/// `100MB/s`, or `100MB`.
+impl FromStr for Rate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let size: ByteSize = text.trim_end_matches("/s").parse().map_err(|_| {
+            format!("{text:?} is no rate; write a number and a unit, such as 100MB/s")
+        })?;
+        NonZeroU64::new(size.as_u64())
+            .filter(|rate| rate.get() >= MIN_RATE)
+            .map(Self)
+            .ok_or_else(|| format!("{text:?} is out of range; write 64KiB/s or more"))
+    }
+}
+
+impl<'de> Deserialize<'de> for Rate {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        parsed(from, Self::from_str)
+    }
+}
+
+impl Serialize for Rate {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&format!("{}/s", exact_size(self.0.get())))
+    }
+}
+
 fn is_dns_name(text: &str, max: usize) -> bool {
     !text.is_empty()
         && text.len() <= max
@@ -249,11 +292,13 @@ where
 
 /// Written exactly: in the largest unit that divides it.
 pub(super) fn write_size<S: Serializer>(size: &ByteSize, to: S) -> Result<S::Ok, S::Error> {
-    let bytes = size.as_u64();
+    to.serialize_str(&exact_size(size.as_u64()))
+}
+
+fn exact_size(bytes: u64) -> String {
     let units = [(bytesize::GIB, "GiB"), (bytesize::MIB, "MiB"), (bytesize::KIB, "KiB")];
-    let text = units
+    units
         .iter()
         .find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit))
-        .map_or_else(|| format!("{bytes}B"), |(unit, name)| format!("{}{name}", bytes / unit));
-    to.serialize_str(&text)
+        .map_or_else(|| format!("{bytes}B"), |(unit, name)| format!("{}{name}", bytes / unit))
 }

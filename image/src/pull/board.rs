@@ -8,7 +8,8 @@ use std::time::{Instant, SystemTime};
 
 use tokio::sync::watch;
 
-use super::meter::Meter;
+use super::layers::LayerState;
+use super::slots::{Priority, Urgency};
 use super::{PullError, PullProgress, PullState, Pulled};
 use crate::digest::Digest;
 use crate::reference::Reference;
@@ -25,6 +26,7 @@ pub(super) struct Board {
 /// What is known of one pull.
 pub(super) struct Entry {
     pub(super) reference: Reference,
+    pub(super) urgency: Arc<Urgency>,
     started_at: SystemTime,
     stage: Mutex<Stage>,
     changes: watch::Sender<u64>,
@@ -37,7 +39,7 @@ pub(super) struct Stage {
     /// Bytes of layers that were here before.
     pub(super) present_bytes: u64,
     /// The layers on their way; another pull may be watching the same ones.
-    pub(super) meters: Vec<Arc<Meter>>,
+    pub(super) layers: Vec<LayerState>,
 }
 
 impl Default for Board {
@@ -48,16 +50,17 @@ impl Default for Board {
 
 impl Board {
     /// A new entry, in place of earlier failures of the same reference.
-    pub(super) fn enter(&self, reference: &Reference) -> Arc<Entry> {
+    pub(super) fn enter(&self, reference: &Reference, priority: Priority) -> Arc<Entry> {
         let entry = Arc::new(Entry {
             reference: reference.clone(),
+            urgency: Arc::new(Urgency::new(priority)),
             started_at: SystemTime::now(),
             stage: Mutex::new(Stage {
                 state: PullState::Resolving,
                 digest: None,
                 total_bytes: 0,
                 present_bytes: 0,
-                meters: Vec::new(),
+                layers: Vec::new(),
             }),
             changes: self.changes.clone(),
         });
@@ -101,6 +104,16 @@ impl Entry {
         self.changes.send_modify(|n| *n += 1);
     }
 
+    /// Makes the pull and its layers at least as urgent as `priority`; true when that is news.
+    pub(super) fn raise(&self, priority: Priority) -> bool {
+        if self.urgency.get() >= priority {
+            return false;
+        }
+        self.urgency.raise(priority);
+        self.set(|stage| stage.layers.iter().for_each(|layer| layer.urgency.raise(priority)));
+        true
+    }
+
     fn is_over(&self) -> bool {
         let stage = lock(&self.stage);
         matches!(stage.state, PullState::Done | PullState::Failed { .. })
@@ -111,7 +124,7 @@ impl Entry {
         let now = Instant::now();
         let (mut done_bytes, mut fetched_bytes) = (stage.present_bytes, 0);
         let mut bytes_per_second = 0.0;
-        for reading in stage.meters.iter().map(|meter| meter.read(now)) {
+        for reading in stage.layers.iter().map(|layer| layer.meter.read(now)) {
             done_bytes += reading.fetched_bytes + reading.skipped_bytes;
             fetched_bytes += reading.fetched_bytes;
             bytes_per_second += reading.bytes_per_second;
@@ -120,6 +133,7 @@ impl Entry {
             reference: self.reference.clone(),
             digest: stage.digest,
             state: stage.state.clone(),
+            priority: self.urgency.get(),
             done_bytes,
             fetched_bytes,
             total_bytes: stage.total_bytes,

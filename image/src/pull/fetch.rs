@@ -27,7 +27,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::PullError;
-use super::meter::Meter;
+use super::layers::LayerState;
+use super::pace::Pace;
 use crate::layer::Chunk;
 use crate::manifest::Blob;
 use crate::source::{BlobBody, Source, SourceError};
@@ -52,6 +53,7 @@ pub(super) struct Fetcher {
     window_credits: u32,
     connections: usize,
     attempts: u32,
+    pub(super) pace: Arc<Pace>,
 }
 
 impl Fetcher {
@@ -63,6 +65,7 @@ impl Fetcher {
             window_credits: credits,
             connections: connections.max(1),
             attempts: attempts.max(1),
+            pace: Arc::new(Pace::new()),
         }
     }
 
@@ -78,7 +81,7 @@ impl Fetcher {
         source: Arc<dyn Source>,
         blob: Blob,
         start: u64,
-        meter: Arc<Meter>,
+        state: LayerState,
         out: mpsc::Sender<Chunk<Credit>>,
     ) -> Result<(), PullError> {
         if start >= blob.size {
@@ -86,12 +89,14 @@ impl Fetcher {
         }
         // The first answer tells whether ranges are served at all.
         let first_end = start.saturating_add(RANGE_BYTES).min(blob.size);
+        self.pace.turn(&state.urgency).await;
         let credit = self.credit(first_end - start).await?;
         let mut first = RangeReader {
+            pace: (!source.is_local()).then(|| Arc::clone(&self.pace)),
             source,
             blob,
             range: start..first_end,
-            meter,
+            state,
             attempts: self.attempts,
             body: None,
         };
@@ -108,8 +113,11 @@ impl Fetcher {
             while under_way.len() < self.connections && next < blob.size {
                 let end = next.saturating_add(RANGE_BYTES).min(blob.size);
                 let credit = if under_way.is_empty() {
+                    self.pace.turn(&template.state.urgency).await;
                     self.credit(end - next).await?
-                } else if let Some(credit) = self.try_credit(end - next) {
+                } else if self.pace.is_turn(&template.state.urgency)
+                    && let Some(credit) = self.try_credit(end - next)
+                {
                     credit
                 } else {
                     break;
@@ -144,6 +152,7 @@ impl Fetcher {
             if bytes.len() as u64 > left {
                 // What was handed on before keeps the old credit alive until it is used.
                 drop(credit);
+                self.pace.turn(&reader.state.urgency).await;
                 credit = self.credit(RANGE_BYTES).await?;
                 left = RANGE_BYTES;
             }
@@ -205,7 +214,9 @@ struct RangeReader {
     blob: Blob,
     /// What is still to come.
     range: Range<u64>,
-    meter: Arc<Meter>,
+    state: LayerState,
+    /// Absent where nothing comes over the network.
+    pace: Option<Arc<Pace>>,
     attempts: u32,
     body: Option<BlobBody>,
 }
@@ -216,7 +227,8 @@ impl RangeReader {
             source: Arc::clone(&self.source),
             blob: self.blob,
             range,
-            meter: Arc::clone(&self.meter),
+            state: self.state.clone(),
+            pace: self.pace.clone(),
             attempts: self.attempts,
             body: None,
         }
@@ -260,7 +272,10 @@ impl RangeReader {
                         continue;
                     }
                     self.range.start += bytes.len() as u64;
-                    self.meter.add(bytes.len() as u64, Instant::now());
+                    self.state.meter.add(bytes.len() as u64, Instant::now());
+                    if let Some(pace) = &self.pace {
+                        pace.took(bytes.len() as u64, &self.state.urgency).await;
+                    }
                     return Ok(Some(bytes));
                 }
                 Some(Err(e)) => e,

@@ -5,6 +5,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use async_trait::async_trait;
 use futures_util::stream;
 
+use super::super::meter::Meter;
+use super::super::pace::Bandwidth;
+use super::super::slots::{Priority, Urgency};
 use super::*;
 use crate::digest::Digest;
 use crate::source::{ManifestName, RawManifest};
@@ -16,6 +19,7 @@ const MIB: u64 = 1024 * 1024;
 struct Blobs {
     content: Bytes,
     ranges: bool,
+    local: bool,
     /// Errors to give before the n-th request is served, by its start.
     refusals: Mutex<BTreeMap<u64, Vec<SourceError>>>,
     /// Each body breaks off after so many bytes.
@@ -29,6 +33,7 @@ impl Blobs {
         Self {
             content: noise(7, size as usize).into(),
             ranges: true,
+            local: false,
             refusals: Mutex::default(),
             breaks_after: None,
             requests: AtomicUsize::new(0),
@@ -49,6 +54,10 @@ impl Source for Blobs {
 
     fn audience(&self) -> crate::source::Audience {
         crate::source::Audience::Everybody
+    }
+
+    fn is_local(&self) -> bool {
+        self.local
     }
 
     async fn manifest(&self, _: &ManifestName) -> Result<RawManifest, SourceError> {
@@ -77,23 +86,30 @@ impl Source for Blobs {
     }
 }
 
+fn state(priority: Priority) -> LayerState {
+    LayerState {
+        meter: Arc::new(Meter::new(Instant::now())),
+        urgency: Arc::new(Urgency::new(priority)),
+    }
+}
+
 async fn fetch_with(
     fetcher: Fetcher,
     blobs: &Arc<Blobs>,
     start: u64,
 ) -> Result<(Vec<u8>, u64), PullError> {
     let (sender, mut chunks) = mpsc::channel(4);
-    let meter = Arc::new(Meter::new(Instant::now()));
+    let state = state(Priority::Demand);
     let source: Arc<dyn Source> = Arc::clone(blobs) as _;
-    let (blob, counted) = (blobs.blob(), Arc::clone(&meter));
+    let (blob, shown) = (blobs.blob(), state.clone());
     let fetching =
-        tokio::spawn(async move { fetcher.fetch(source, blob, start, counted, sender).await });
+        tokio::spawn(async move { fetcher.fetch(source, blob, start, shown, sender).await });
     let mut got = Vec::new();
     while let Some(chunk) = chunks.recv().await {
         got.extend_from_slice(&chunk.bytes);
     }
     fetching.await.unwrap()?;
-    Ok((got, meter.read(Instant::now()).fetched_bytes))
+    Ok((got, state.meter.read(Instant::now()).fetched_bytes))
 }
 
 async fn fetch(blobs: &Arc<Blobs>, start: u64) -> Result<Vec<u8>, PullError> {
@@ -184,10 +200,10 @@ async fn no_more_than_the_window_is_in_memory() {
     let blobs = Arc::new(Blobs::new(8 * RANGE_BYTES));
     let fetcher = Fetcher::new(2 * RANGE_BYTES, 8, 3);
     let (sender, mut chunks) = mpsc::channel(1);
-    let meter = Arc::new(Meter::new(Instant::now()));
+    let state = state(Priority::Demand);
     let source: Arc<dyn Source> = Arc::clone(&blobs) as _;
     let blob = blobs.blob();
-    let task = tokio::spawn(async move { fetcher.fetch(source, blob, 0, meter, sender).await });
+    let task = tokio::spawn(async move { fetcher.fetch(source, blob, 0, state, sender).await });
     let (mut taken, mut most) = (0, 0);
     while let Some(chunk) = chunks.recv().await {
         // Let everybody run as far as they can.
@@ -209,4 +225,55 @@ async fn blobs_that_share_a_small_window_do_not_lock_each_other_out() {
     let both = (fetch_with(fetcher.clone(), &blobs, 0), fetch_with(fetcher, &blobs, 0));
     let (a, b) = tokio::join!(both.0, both.1);
     assert!(a.unwrap().0 == blobs.content && b.unwrap().0 == blobs.content);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cap_holds_for_what_comes_over_the_network() {
+    let fetcher = Fetcher::new(64 * MIB, 4, 3);
+    fetcher.pace.set(Bandwidth {
+        total_bytes_per_second: std::num::NonZeroU64::new(10 * MIB),
+        ..Bandwidth::default()
+    });
+    for (local, seconds) in [(false, 6..8), (true, 0..1)] {
+        let mut blobs = Blobs::new(4 * RANGE_BYTES);
+        blobs.local = local;
+        let start = tokio::time::Instant::now();
+        let (got, _) = fetch_with(fetcher.clone(), &Arc::new(blobs), 0).await.unwrap();
+        assert_eq!(got.len() as u64, 4 * RANGE_BYTES);
+        let took = start.elapsed();
+        assert!(seconds.contains(&took.as_secs()), "local: {local}: {took:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_prefetch_asks_for_nothing_more_while_demanded_bytes_move() {
+    for ranges in [true, false] {
+        let fetcher = Fetcher::new(64 * MIB, 2, 3);
+        let mut blobs = Blobs::new(8 * RANGE_BYTES);
+        blobs.ranges = ranges;
+        let blobs = Arc::new(blobs);
+        let (sender, mut chunks) = mpsc::channel(1);
+        let prefetch = state(Priority::Prefetch(100));
+        let (source, blob) = (Arc::clone(&blobs) as Arc<dyn Source>, blobs.blob());
+        let (worker, shown) = (fetcher.clone(), prefetch.clone());
+        let task = tokio::spawn(async move { worker.fetch(source, blob, 0, shown, sender).await });
+        assert!(chunks.recv().await.is_some());
+
+        // A pod's image goes through meanwhile, and each byte of it holds the other back.
+        let demand = state(Priority::Demand);
+        let start = tokio::time::Instant::now();
+        let mut got = 0;
+        while start.elapsed() < Duration::from_secs(10) {
+            fetcher.pace.took(1, &demand.urgency).await;
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_millis(100)) => {}
+                Some(chunk) = chunks.recv() => got += chunk.bytes.len() as u64,
+            }
+        }
+        assert!(got < 3 * RANGE_BYTES, "ranges: {ranges}: {got} bytes came meanwhile");
+        prefetch.urgency.raise(Priority::Demand);
+        while chunks.recv().await.is_some() {}
+        task.await.unwrap().unwrap();
+        assert_eq!(prefetch.meter.read(Instant::now()).fetched_bytes, 8 * RANGE_BYTES);
+    }
 }

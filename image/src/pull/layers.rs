@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::flight::{Flight, Flights};
 use super::meter::Meter;
+use super::slots::Urgency;
 use super::{Inner, PullError};
 use crate::digest::Digest;
 use crate::layer::{LayerError, Resumed};
@@ -27,10 +28,17 @@ pub(super) struct LayerDone {
     pub(super) written_bytes: u64,
 }
 
+/// What others see of a layer on its way, and how they hurry it.
+#[derive(Debug, Clone)]
+pub(super) struct LayerState {
+    pub(super) meter: Arc<Meter>,
+    pub(super) urgency: Arc<Urgency>,
+}
+
 /// Two images may disagree on how a layer is read and what it unpacks to; of the latter one is wrong.
 type Key = (Layer, Option<Digest>);
-pub(super) type LayerFlights = Flights<Key, Result<LayerDone, PullError>, Arc<Meter>>;
-pub(super) type LayerFlight = Flight<Key, Result<LayerDone, PullError>, Arc<Meter>>;
+pub(super) type LayerFlights = Flights<Key, Result<LayerDone, PullError>, LayerState>;
+pub(super) type LayerFlight = Flight<Key, Result<LayerDone, PullError>, LayerState>;
 
 impl Inner {
     /// Joins the layer's fetch in flight, or starts it from `source`.
@@ -39,16 +47,20 @@ impl Inner {
         source: &Arc<dyn Source>,
         layer: Layer,
         diff_id: Option<Digest>,
+        urgency: &Urgency,
     ) -> LayerFlight {
         self.layers.join(&(layer, diff_id), |stop| {
-            let meter = Arc::new(Meter::new(Instant::now()));
-            let (inner, source, counted) =
-                (Arc::clone(self), Arc::clone(source), Arc::clone(&meter));
+            let state = LayerState {
+                meter: Arc::new(Meter::new(Instant::now())),
+                // Its own: another pull's hurry is not this one's.
+                urgency: Arc::new(Urgency::new(urgency.get())),
+            };
+            let (inner, source, shown) = (Arc::clone(self), Arc::clone(source), state.clone());
             let work = async move {
                 let _tracked = inner.tasks.token();
                 loop {
-                    let (source, counted) = (Arc::clone(&source), Arc::clone(&counted));
-                    let done = inner.bring_layer(&source, layer, diff_id, counted, &stop).await;
+                    let done =
+                        inner.bring_layer(&source, layer, diff_id, shown.clone(), &stop).await;
                     match &done {
                         // A mirror that lied is not asked again.
                         Err(error @ PullError::Mismatch(_)) if source.distrust() => {
@@ -58,7 +70,7 @@ impl Inner {
                     }
                 }
             };
-            (meter, work)
+            (state, work)
         })
     }
 
@@ -67,17 +79,16 @@ impl Inner {
         source: &Arc<dyn Source>,
         layer: Layer,
         diff_id: Option<Digest>,
-        meter: Arc<Meter>,
+        state: LayerState,
         stop: &CancellationToken,
     ) -> Result<LayerDone, PullError> {
         let digest = layer.blob.digest;
         let stopped =
             || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
 
-        let slots = Arc::clone(&self.layer_slots);
         let _slot = tokio::select! {
             () = stop.cancelled() => return Err(stopped()),
-            slot = slots.acquire_owned() => slot.map_err(|_| stopped())?,
+            slot = self.slots.take(&state.urgency) => slot,
         };
         let ingest = loop {
             if let Some(ingest) = self.disk(move |store| store.ingest(&digest)).await? {
@@ -99,7 +110,7 @@ impl Inner {
             Resumed::open(ingest, layer, diff_id).map(Some)
         });
         let Some(resumed) = present.await? else {
-            meter.skip(layer.blob.size);
+            state.meter.skip(layer.blob.size);
             return Ok(LayerDone::default());
         };
 
@@ -107,11 +118,11 @@ impl Inner {
         if offset > 0 {
             tracing::info!(layer = %digest, offset, "going on with a layer");
         }
-        meter.skip(offset);
+        state.meter.skip(offset);
         let (sender, mut chunks) = mpsc::channel(QUEUE);
         let unpacking =
             self.tasks.spawn_blocking(move || resumed.unpack(|| chunks.blocking_recv()));
-        let fetching = self.fetcher.fetch(Arc::clone(source), layer.blob, offset, meter, sender);
+        let fetching = self.fetcher.fetch(Arc::clone(source), layer.blob, offset, state, sender);
         let fetched = tokio::select! {
             () = stop.cancelled() => Err(stopped()),
             fetched = fetching => fetched,

@@ -271,12 +271,16 @@ impl Inner {
         let flights: Vec<_> = layers
             .iter()
             .filter(|placed| !here.contains(&placed.layer) && started.insert(placed.layer))
-            .map(|placed| self.start_layer(source, placed.layer, placed.diff_id))
+            .map(|placed| self.start_layer(source, placed.layer, placed.diff_id, &entry.urgency))
             .collect();
         entry.set(|stage| {
             stage.present_bytes = here.iter().map(|layer| layer.blob.size).sum();
-            stage.meters = flights.iter().map(|flight| Arc::clone(&flight.state)).collect();
+            stage.layers = flights.iter().map(|flight| flight.state.clone()).collect();
+            // It may have become more urgent since, and others' layers less urgent than it.
+            let priority = entry.urgency.get();
+            stage.layers.iter().for_each(|layer| layer.urgency.raise(priority));
         });
+        self.slots.dispatch();
         let mut cost = LayerDone::default();
         let mut waits: FuturesUnordered<_> = flights.iter().map(LayerFlight::wait).collect();
         while let Some(done) = waits.next().await {

@@ -327,6 +327,7 @@ fn an_eta_is_told_when_it_can_be() {
         reference: "registry.example/m:1".parse().unwrap(),
         digest: None,
         state,
+        priority: Priority::Demand,
         done_bytes,
         fetched_bytes: done_bytes,
         total_bytes,

@@ -76,6 +76,10 @@ impl Source for LayoutSource {
         self.place.name()
     }
 
+    fn is_local(&self) -> bool {
+        true
+    }
+
     fn audience(&self) -> Audience {
         Audience::Everybody
     }

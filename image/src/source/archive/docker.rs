@@ -99,6 +99,10 @@ impl Source for DockerArchive {
         format!("docker-archive:{}", self.file.path().display())
     }
 
+    fn is_local(&self) -> bool {
+        true
+    }
+
     fn audience(&self) -> Audience {
         Audience::Everybody
     }
