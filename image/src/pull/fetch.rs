@@ -1,9 +1,9 @@
-//! Fetching one blob: ranges in parallel, handed on in order.
+//! Fetching of one blob what is wanted: pieces in parallel, handed on in order.
 //!
 //! ```text
-//! Source ─► range 0 ═══════►┐
-//!        ─► range 1 ════►   ├─► in order ─► one queue ─► layer
-//!        ─► range 2 ═►      ┘
+//! wanted ranges ─► piece 0 ═══════►┐
+//!                  piece 1 ════►   ├─► in order ─► one queue ─► layer
+//!                  piece 2 ═►      ┘
 //! ```
 //!
 //! # What always holds
@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backon::BackoffBuilder as _;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::AbortOnDropHandle;
@@ -69,7 +69,8 @@ impl Fetcher {
         }
     }
 
-    /// Sends the blob's bytes from `start` on, in order, into `out`.
+    /// Sends the bytes of `ranges` of the blob, in order, into `out`; no chunk holds bytes of two
+    /// ranges. The ranges are ascending, do not overlap, and lie in the blob.
     ///
     /// Ends early without an error when `out` is closed.
     ///
@@ -80,50 +81,41 @@ impl Fetcher {
         &self,
         source: Arc<dyn Source>,
         blob: Blob,
-        start: u64,
+        ranges: Vec<Range<u64>>,
         state: LayerState,
         out: mpsc::Sender<Chunk<Credit>>,
     ) -> Result<(), PullError> {
-        if start >= blob.size {
-            return Ok(());
-        }
-        // The first answer tells whether ranges are served at all.
-        let first_end = start.saturating_add(RANGE_BYTES).min(blob.size);
+        let mut pieces = pieces(&ranges).peekable();
+        let Some(piece) = pieces.next() else { return Ok(()) };
         self.pace.turn(&state.urgency).await;
-        let credit = self.credit(first_end - start).await?;
-        let mut first = RangeReader {
-            pace: (!source.is_local()).then(|| Arc::clone(&self.pace)),
-            source,
-            blob,
-            range: start..first_end,
-            state,
-            attempts: self.attempts,
-            body: None,
-        };
+        let credit = self.credit(length(&piece)).await?;
+        let mut first = self.reader(source, blob, piece, state);
         first.open().await?;
+        // The first answer tells whether ranges are served at all.
         if first.is_whole_blob() {
+            let left = length(&first.range);
             first.range.end = blob.size;
-            return self.stream(first, credit, &out).await;
+            return self.stream(first, (credit, left), &ranges, &out).await;
         }
 
-        let mut next = first_end;
         let template = first.again(0..0);
         let mut under_way = VecDeque::from([spawn(first, credit)]);
         loop {
-            while under_way.len() < self.connections && next < blob.size {
-                let end = next.saturating_add(RANGE_BYTES).min(blob.size);
+            while under_way.len() < self.connections
+                && let Some(piece) = pieces.peek()
+            {
                 let credit = if under_way.is_empty() {
                     self.pace.turn(&template.state.urgency).await;
-                    self.credit(end - next).await?
+                    self.credit(length(piece)).await?
                 } else if self.pace.is_turn(&template.state.urgency)
-                    && let Some(credit) = self.try_credit(end - next)
+                    && let Some(credit) = self.try_credit(length(piece))
                 {
                     credit
                 } else {
                     break;
                 };
-                under_way.push_back(spawn(template.again(next..end), credit));
-                next = end;
+                under_way.push_back(spawn(template.again(piece.clone()), credit));
+                pieces.next();
             }
             let Some(front) = under_way.front_mut() else { return Ok(()) };
             match front.chunks.recv().await {
@@ -140,15 +132,56 @@ impl Fetcher {
         }
     }
 
-    /// One connection for the whole blob, in bounded steps of credit.
+    /// Reads a small range into memory, outside of the window; `None` where the source does not
+    /// serve ranges.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the transfer.
+    pub(super) async fn read(
+        &self,
+        source: Arc<dyn Source>,
+        blob: Blob,
+        range: Range<u64>,
+        state: LayerState,
+    ) -> Result<Option<Bytes>, PullError> {
+        let mut bytes = BytesMut::with_capacity(length(&range) as usize);
+        let mut reader = self.reader(source, blob, range, state);
+        reader.open().await?;
+        if reader.is_whole_blob() {
+            return Ok(None);
+        }
+        while let Some(chunk) = reader.next().await? {
+            bytes.extend_from_slice(&chunk);
+        }
+        Ok(Some(bytes.freeze()))
+    }
+
+    fn reader(
+        &self,
+        source: Arc<dyn Source>,
+        blob: Blob,
+        range: Range<u64>,
+        state: LayerState,
+    ) -> RangeReader {
+        let pace = (!source.is_local()).then(|| Arc::clone(&self.pace));
+        RangeReader { source, blob, range, state, pace, attempts: self.attempts, body: None }
+    }
+
+    /// One connection for the blob up to the last of `ranges`, in bounded steps of credit. What
+    /// lies between the ranges comes, too, and is dropped.
     async fn stream(
         &self,
         mut reader: RangeReader,
-        first: Credit,
+        (mut credit, mut left): (Credit, u64),
+        ranges: &[Range<u64>],
         out: &mpsc::Sender<Chunk<Credit>>,
     ) -> Result<(), PullError> {
-        let (mut credit, mut left) = (first, RANGE_BYTES);
-        while let Some(bytes) = reader.next().await? {
+        let mut wanted = ranges.iter().peekable();
+        while wanted.peek().is_some() {
+            let at = reader.range.start;
+            let Some(bytes) = reader.next().await? else { break };
+            let came = at..reader.range.start;
             if bytes.len() as u64 > left {
                 // What was handed on before keeps the old credit alive until it is used.
                 drop(credit);
@@ -157,9 +190,19 @@ impl Fetcher {
                 left = RANGE_BYTES;
             }
             left = left.saturating_sub(bytes.len() as u64);
-            let chunk = Chunk { bytes, _credit: Arc::clone(&credit) };
-            if out.send(chunk).await.is_err() {
-                return Ok(());
+            while let Some(range) = wanted.peek() {
+                let part = range.start.max(came.start)..range.end.min(came.end);
+                if !part.is_empty() {
+                    let place = (part.start - at) as usize..(part.end - at) as usize;
+                    let chunk = Chunk { bytes: bytes.slice(place), _credit: Arc::clone(&credit) };
+                    if out.send(chunk).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                if range.end > came.end {
+                    break;
+                }
+                wanted.next();
             }
         }
         Ok(())
@@ -181,6 +224,19 @@ impl Fetcher {
     fn try_credit(&self, bytes: u64) -> Option<Credit> {
         Arc::clone(&self.window).try_acquire_many_owned(self.amount(bytes)).ok().map(Arc::new)
     }
+}
+
+/// The ranges, cut into what one request asks for.
+fn pieces(ranges: &[Range<u64>]) -> impl Iterator<Item = Range<u64>> + '_ {
+    ranges.iter().flat_map(|range| {
+        let end = range.end;
+        let starts = range.clone().step_by(RANGE_BYTES as usize);
+        starts.map(move |start| start..start.saturating_add(RANGE_BYTES).min(end))
+    })
+}
+
+fn length(range: &Range<u64>) -> u64 {
+    range.end.saturating_sub(range.start)
 }
 
 /// A range under way in a task of its own.

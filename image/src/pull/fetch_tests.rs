@@ -96,14 +96,14 @@ fn state(priority: Priority) -> LayerState {
 async fn fetch_with(
     fetcher: Fetcher,
     blobs: &Arc<Blobs>,
-    start: u64,
+    ranges: &[Range<u64>],
 ) -> Result<(Vec<u8>, u64), PullError> {
     let (sender, mut chunks) = mpsc::channel(4);
     let state = state(Priority::Demand);
     let source: Arc<dyn Source> = Arc::clone(blobs) as _;
-    let (blob, shown) = (blobs.blob(), state.clone());
+    let (blob, shown, ranges) = (blobs.blob(), state.clone(), ranges.to_vec());
     let fetching =
-        tokio::spawn(async move { fetcher.fetch(source, blob, start, shown, sender).await });
+        tokio::spawn(async move { fetcher.fetch(source, blob, ranges, shown, sender).await });
     let mut got = Vec::new();
     while let Some(chunk) = chunks.recv().await {
         got.extend_from_slice(&chunk.bytes);
@@ -113,7 +113,9 @@ async fn fetch_with(
 }
 
 async fn fetch(blobs: &Arc<Blobs>, start: u64) -> Result<Vec<u8>, PullError> {
-    let (got, counted) = fetch_with(Fetcher::new(64 * MIB, 4, 3), blobs, start).await?;
+    let range = start..blobs.content.len() as u64;
+    let fetcher = Fetcher::new(64 * MIB, 4, 3);
+    let (got, counted) = fetch_with(fetcher, blobs, std::slice::from_ref(&range)).await?;
     assert_eq!(counted, got.len() as u64);
     Ok(got)
 }
@@ -127,6 +129,46 @@ async fn ranges_come_out_in_order_from_any_start() {
             assert!(got == blobs.content[start as usize..], "{size} bytes from {start}");
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_blob_only_the_wanted_ranges_come_and_a_source_without_ranges_is_read_as_far_as_they_go()
+ {
+    let end = 4 * RANGE_BYTES;
+    let wanted = [0..1, 5..512, 512..513, 70_000..RANGE_BYTES + 3, 3 * RANGE_BYTES - 1..end - 100];
+    let length: u64 = wanted.iter().map(length).sum();
+    for (ranges, breaks_after) in [(true, None), (false, None), (true, Some(MIB))] {
+        let mut blobs = Blobs::new(end);
+        (blobs.ranges, blobs.breaks_after) = (ranges, breaks_after);
+        let blobs = Arc::new(blobs);
+        let fetcher = Fetcher::new(64 * MIB, 4, 3);
+        let (got, counted) = fetch_with(fetcher.clone(), &blobs, &wanted).await.unwrap();
+        let parts = wanted.iter().map(|range| range.start as usize..range.end as usize);
+        let expected: Vec<u8> = parts.flat_map(|part| blobs.content[part].to_vec()).collect();
+        assert!(got == expected, "ranges: {ranges}, broken off after {breaks_after:?}");
+        if ranges {
+            assert_eq!((counted, blobs.sent.load(Ordering::Relaxed)), (length, length));
+        } else {
+            assert_eq!(blobs.requests.load(Ordering::Relaxed), 1);
+            assert!((end - 100..=end).contains(&counted), "{counted}: what came was counted");
+        }
+        assert_eq!(fetch_with(fetcher, &blobs, &[]).await.unwrap(), (Vec::new(), 0));
+    }
+}
+
+#[tokio::test]
+async fn a_small_range_is_read_where_ranges_are_served() {
+    let state = state(Priority::Demand);
+    let fetcher = Fetcher::new(64 * MIB, 4, 3);
+    for ranges in [true, false] {
+        let mut blobs = Blobs::new(100_000);
+        blobs.ranges = ranges;
+        let (blob, content) = (blobs.blob(), blobs.content.clone());
+        let read = fetcher.read(Arc::new(blobs), blob, 70_000..99_000, state.clone());
+        let expected = ranges.then(|| content.slice(70_000..99_000));
+        assert!(read.await.unwrap() == expected);
+    }
+    assert_eq!(state.meter.read(Instant::now()).fetched_bytes, 29_000);
 }
 
 #[tokio::test]
@@ -203,7 +245,9 @@ async fn no_more_than_the_window_is_in_memory() {
     let state = state(Priority::Demand);
     let source: Arc<dyn Source> = Arc::clone(&blobs) as _;
     let blob = blobs.blob();
-    let task = tokio::spawn(async move { fetcher.fetch(source, blob, 0, state, sender).await });
+    let task = tokio::spawn(async move {
+        fetcher.fetch(source, blob, std::iter::once(0..blob.size).collect(), state, sender).await
+    });
     let (mut taken, mut most) = (0, 0);
     while let Some(chunk) = chunks.recv().await {
         // Let everybody run as far as they can.
@@ -222,7 +266,9 @@ async fn no_more_than_the_window_is_in_memory() {
 async fn blobs_that_share_a_small_window_do_not_lock_each_other_out() {
     let fetcher = Fetcher::new(RANGE_BYTES, 4, 3);
     let blobs = Arc::new(Blobs::new(4 * RANGE_BYTES));
-    let both = (fetch_with(fetcher.clone(), &blobs, 0), fetch_with(fetcher, &blobs, 0));
+    let range = 0..4 * RANGE_BYTES;
+    let whole = std::slice::from_ref(&range);
+    let both = (fetch_with(fetcher.clone(), &blobs, whole), fetch_with(fetcher, &blobs, whole));
     let (a, b) = tokio::join!(both.0, both.1);
     assert!(a.unwrap().0 == blobs.content && b.unwrap().0 == blobs.content);
 }
@@ -238,7 +284,8 @@ async fn a_cap_holds_for_what_comes_over_the_network() {
         let mut blobs = Blobs::new(4 * RANGE_BYTES);
         blobs.local = local;
         let start = tokio::time::Instant::now();
-        let (got, _) = fetch_with(fetcher.clone(), &Arc::new(blobs), 0).await.unwrap();
+        let (got, _) =
+            fetch_with(fetcher.clone(), &Arc::new(blobs), &[0..4 * RANGE_BYTES]).await.unwrap();
         assert_eq!(got.len() as u64, 4 * RANGE_BYTES);
         let took = start.elapsed();
         assert!(seconds.contains(&took.as_secs()), "local: {local}: {took:?}");
@@ -256,7 +303,9 @@ async fn a_prefetch_asks_for_nothing_more_while_demanded_bytes_move() {
         let prefetch = state(Priority::Prefetch(100));
         let (source, blob) = (Arc::clone(&blobs) as Arc<dyn Source>, blobs.blob());
         let (worker, shown) = (fetcher.clone(), prefetch.clone());
-        let task = tokio::spawn(async move { worker.fetch(source, blob, 0, shown, sender).await });
+        let task = tokio::spawn(async move {
+            worker.fetch(source, blob, std::iter::once(0..blob.size).collect(), shown, sender).await
+        });
         assert!(chunks.recv().await.is_some());
 
         // A pod's image goes through meanwhile, and each byte of it holds the other back.

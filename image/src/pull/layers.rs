@@ -122,7 +122,8 @@ impl Inner {
         let (sender, mut chunks) = mpsc::channel(QUEUE);
         let unpacking =
             self.tasks.spawn_blocking(move || resumed.unpack(|| chunks.blocking_recv()));
-        let fetching = self.fetcher.fetch(Arc::clone(source), layer.blob, offset, state, sender);
+        let ranges = std::iter::once(offset..layer.blob.size).collect();
+        let fetching = self.fetcher.fetch(Arc::clone(source), layer.blob, ranges, state, sender);
         let fetched = tokio::select! {
             () = stop.cancelled() => Err(stopped()),
             fetched = fetching => fetched,
