@@ -35,6 +35,10 @@ pub enum LayerEntry {
         size: u64,
         /// Its content.
         object: ObjectId,
+        /// Where in the uncompressed layer its bytes begin. Absent where it has none, and in
+        /// records of earlier versions.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        offset: Option<u64>,
     },
     /// A symbolic link, kept as it is.
     Symlink {
@@ -135,7 +139,7 @@ impl Tree {
                         directory.insert(name.to_owned(), Node::Directory(BTreeMap::new()));
                     }
                 }
-                LayerEntry::File { path, size, object } => {
+                LayerEntry::File { path, size, object, .. } => {
                     self.put(path, Node::File { size: *size, object: *object })?;
                 }
                 LayerEntry::Symlink { path, target } => {

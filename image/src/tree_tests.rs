@@ -6,7 +6,7 @@ fn object(n: u8) -> ObjectId {
 }
 
 fn file(path: &str, n: u8) -> LayerEntry {
-    LayerEntry::File { path: path.into(), size: u64::from(n), object: object(n) }
+    LayerEntry::File { path: path.into(), size: u64::from(n), object: object(n), offset: None }
 }
 
 fn dir(path: &str) -> LayerEntry {

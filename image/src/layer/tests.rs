@@ -26,6 +26,21 @@ fn ingest_is_empty(store: &Store) -> bool {
     std::fs::read_dir(store.root().join("ingest")).unwrap().next().is_none()
 }
 
+fn file(path: &str, size: u64, object: ObjectId, offset: Option<u64>) -> LayerEntry {
+    LayerEntry::File { path: path.into(), size, object, offset }
+}
+
+/// Each file's bytes are where the record says.
+fn assert_offsets(store: &Store, layer: &Layer, uncompressed: &[u8]) {
+    for entry in store.layer(layer).unwrap().expect("recorded").entries {
+        if let LayerEntry::File { path, size: size @ 1.., object, offset } = entry {
+            let bytes = &uncompressed[offset.unwrap() as usize..][..size as usize];
+            let found = ObjectId::new(blake3::hash(bytes), object.executable());
+            assert_eq!(found, object, "{path}");
+        }
+    }
+}
+
 fn objects(store: &Store) -> u64 {
     store.usage().unwrap().objects
 }
@@ -50,9 +65,9 @@ fn a_layer_of_any_compression_becomes_the_same_objects() {
     let path = |path: &str| path.to_owned();
     let expected = [
         LayerEntry::Directory { path: path("models") },
-        LayerEntry::File { path: path("models/weights"), size: 9_000_001, object: weights },
-        LayerEntry::File { path: path("models/run"), size: 2, object: run },
-        LayerEntry::File { path: path("models/empty"), size: 0, object: empty },
+        file("models/weights", 9_000_001, weights, Some(1024)),
+        file("models/run", 2, run, Some(1024 + 9_000_448 + 512)),
+        file("models/empty", 0, empty, None),
         LayerEntry::Whiteout { path: path("models/gone") },
         LayerEntry::Opaque { path: path("models/sub") },
         LayerEntry::Symlink { path: path("models/alias"), target: path("weights") },
@@ -188,7 +203,16 @@ fn a_stopped_layer_goes_on_where_it_was() {
         let path = store.root().join("objects").join(id.path());
         assert!(std::fs::read(path).unwrap() == *file, "file {n}");
     }
+    assert_offsets(&store, &layer, &tar);
     assert!(ingest_is_empty(&store));
+}
+
+#[test]
+fn a_record_without_offsets_is_read() {
+    let object = ObjectId::new(blake3::hash(b"x"), false);
+    let text = format!(r#"{{"kind":"file","path":"a","size":1,"object":"{object}"}}"#);
+    let entry: LayerEntry = serde_json::from_str(&text).unwrap();
+    assert_eq!(entry, file("a", 1, object, None));
 }
 
 #[test]
@@ -260,7 +284,7 @@ fn a_raw_layer_is_one_file_without_a_name() {
     for size in [0, 1, 5_000_001] {
         let content = noise(50, size);
         let object = ObjectId::new(blake3::hash(&content), false);
-        let expected = [LayerEntry::File { path: String::new(), size: size as u64, object }];
+        let expected = [file("", size as u64, object, (size > 0).then_some(0))];
         for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
             let blob = compress(&content, compression);
             let layer = raw_of(&blob, compression);
@@ -288,11 +312,7 @@ fn the_same_bytes_are_a_tar_to_one_image_and_a_file_to_another() {
     unpack(&store, &tar, as_file, Digest::of(&tar), None).unwrap();
     assert_eq!(
         store.layer(&as_tar).unwrap().unwrap().entries[0].clone(),
-        LayerEntry::File {
-            path: "weights".into(),
-            size: 10_000,
-            object: ObjectId::new(blake3::hash(&noise(51, 10_000)), false),
-        }
+        file("weights", 10_000, ObjectId::new(blake3::hash(&noise(51, 10_000)), false), Some(512))
     );
     let blob = compress(&tar, Compression::Gzip);
     let archive = raw_of(&blob, Compression::None);
@@ -370,6 +390,6 @@ fn what_estargz_adds_is_no_file_of_the_image() {
     let (_, done) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
     assert_eq!(done.written_bytes, 9);
     let object = ObjectId::new(blake3::hash(b"one's own"), false);
-    let own = LayerEntry::File { path: "models/stargz.index.json".into(), size: 9, object };
+    let own = file("models/stargz.index.json", 9, object, Some(2 * 1024 + 512));
     assert_eq!(store.layer(&layer).unwrap().unwrap().entries, [own]);
 }

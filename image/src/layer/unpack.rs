@@ -61,6 +61,9 @@ struct OpenFile {
     member: Member,
     /// Bytes known to be on the disk; right only in a checkpoint.
     synced: u64,
+    /// Where in the uncompressed layer its first byte is.
+    #[serde(default)]
+    offset: Option<u64>,
 }
 
 /// What a layer came to.
@@ -169,7 +172,7 @@ impl Unpacker {
                     let size = size.unwrap_or(0);
                     *taken += input.len() as u64;
                     if self.progress.open.is_none() {
-                        self.open(String::new(), size, false, ingest)?;
+                        self.open(String::new(), size, false, 0, ingest)?;
                     }
                     return self.data(input);
                 }
@@ -251,7 +254,9 @@ impl Unpacker {
                 MemberKind::Hardlink { target } => LayerEntry::Hardlink { path, target },
                 MemberKind::File { size: 0, executable } => empty_file(path, executable),
                 MemberKind::File { size, executable } => {
-                    return self.open(path, size, executable, ingest);
+                    // Its header has just been read.
+                    let offset = self.offset();
+                    return self.open(path, size, executable, offset, ingest);
                 }
             }
         };
@@ -265,11 +270,12 @@ impl Unpacker {
         path: String,
         size: u64,
         executable: bool,
+        offset: u64,
         ingest: &Ingest,
     ) -> Result<(), LayerError> {
         let file = ingest.folder().join(self.next_name());
         let member = Member { path, kind: MemberKind::File { size, executable } };
-        self.progress.open = Some(OpenFile { member, synced: 0 });
+        self.progress.open = Some(OpenFile { member, synced: 0, offset: Some(offset) });
         let writer = FileWriter::create(&file, size, executable);
         self.writer = Some(writer.map_err(|e| self.disk(e))?);
         Ok(())
@@ -281,10 +287,11 @@ impl Unpacker {
         let durable = self.progress.staged.len() < SYNC_EACH;
         let name = self.next_name();
         let object = writer.finish(&mut self.buffer, durable).map_err(|e| self.disk(e))?;
-        if let Some(OpenFile { member, .. }) = self.progress.open.take()
+        if let Some(OpenFile { member, offset, .. }) = self.progress.open.take()
             && let MemberKind::File { size, .. } = member.kind
         {
-            self.progress.entries.push(LayerEntry::File { path: member.path, size, object });
+            let path = member.path;
+            self.progress.entries.push(LayerEntry::File { path, size, object, offset });
             self.progress.staged.push(Staged { name, object, size });
         }
         Ok(())
@@ -307,5 +314,6 @@ impl Unpacker {
 }
 
 fn empty_file(path: String, executable: bool) -> LayerEntry {
-    LayerEntry::File { path, size: 0, object: ObjectId::new(blake3::hash(b""), executable) }
+    let object = ObjectId::new(blake3::hash(b""), executable);
+    LayerEntry::File { path, size: 0, object, offset: None }
 }

@@ -25,7 +25,7 @@ fn put_layer(store: &Store, content: &[u8]) -> (Digest, ObjectId) {
         digest,
         size_bytes: size,
         diff_id: digest,
-        entries: vec![LayerEntry::File { path, size, object }],
+        entries: vec![LayerEntry::File { path, size, object, offset: Some(0) }],
     };
     let staged = vec![Staged { name: "0000000".into(), object, size }];
     ingest.commit(layer(&digest).record_name(), record, staged).unwrap();
@@ -104,8 +104,8 @@ fn a_tree_looks_the_same_wherever_it_is_made() {
     let mut tree = Tree::default();
     let path = |path: &str| path.to_owned();
     tree.apply(&[
-        LayerEntry::File { path: path("models/a"), size, object },
-        LayerEntry::File { path: path("models/empty"), size: 0, object },
+        LayerEntry::File { path: path("models/a"), size, object, offset: None },
+        LayerEntry::File { path: path("models/empty"), size: 0, object, offset: None },
         LayerEntry::Symlink { path: path("models/link"), target: path("/etc/passwd") },
         LayerEntry::Directory { path: path("models/sub") },
     ])
@@ -273,7 +273,12 @@ fn more_names_than_an_inode_can_have_are_no_error() {
     let (_dir, store) = store();
     let (_, object) = put_layer(&store, b"LICENSE");
     let entries: Vec<_> = (0..66_000)
-        .map(|n| LayerEntry::File { path: format!("{}/{n}", n / 1000), size: 7, object })
+        .map(|n| LayerEntry::File {
+            path: format!("{}/{n}", n / 1000),
+            size: 7,
+            object,
+            offset: None,
+        })
         .collect();
     let mut tree = Tree::default();
     tree.apply(&entries).unwrap();
