@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use carport_image::pull::PullRequest;
+use carport_image::pull::{Priority, PullRequest};
 use carport_image::{Puller, Reference};
 use notify::{RecursiveMode, Watcher as _};
 use serde::Deserialize;
@@ -207,7 +207,9 @@ fn follow(
 async fn bring(image: &Reference, puller: &Puller, board: &Board) {
     let mut retry = FIRST_RETRY;
     loop {
-        match puller.start(PullRequest::new(image.clone())).wait().await {
+        let priority = Priority::Prefetch(0);
+        let request = PullRequest { priority, ..PullRequest::new(image.clone()) };
+        match puller.start(request).wait().await {
             Ok(_) => {
                 board.set(image, EntryState::Ready);
                 return;

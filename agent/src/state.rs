@@ -201,6 +201,7 @@ pub(crate) mod fixtures {
     use carport_csi::mount::MountOptions;
     use carport_csi::volume::{TargetPath, VolumeId};
     use carport_image::manifest::Packaging;
+    use carport_image::pull::Priority;
 
     /// A stored image named by `reference`, with the digest of its name.
     pub(crate) fn image(reference: &str, unpacked_bytes: u64) -> StoredImage {
@@ -259,6 +260,7 @@ pub(crate) mod fixtures {
             reference: reference.parse().unwrap(),
             digest: None,
             state: PullState::Pulling,
+            priority: Priority::Demand,
             done_bytes,
             fetched_bytes: done_bytes,
             total_bytes,

@@ -1,7 +1,7 @@
 //! `CacheService`: what the node should hold.
 
 use carport_image::Reference;
-use carport_image::pull::PullRequest;
+use carport_image::pull::{Priority, PullRequest};
 use carport_proto::carport::v1;
 use carport_proto::carport::v1::cache_service_server::CacheService;
 use tonic::{Request, Response, Status};
@@ -42,7 +42,9 @@ impl CacheService for Api {
                 )));
             }
             // The puller owns it from here on, and logs how it ends.
-            self.puller.start(PullRequest::new(reference)).detach();
+            let priority = Priority::Prefetch(0);
+            let request = PullRequest { priority, ..PullRequest::new(reference) };
+            self.puller.start(request).detach();
         }
         let state = self.state();
         let pulls = state.pulls(self.puller.pulls());

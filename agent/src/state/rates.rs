@@ -107,11 +107,14 @@ mod tests {
     use super::*;
     use std::time::{Duration, UNIX_EPOCH};
 
+    use carport_image::pull::Priority;
+
     fn pull(reference: &str, bytes_per_second: f64) -> PullProgress {
         PullProgress {
             reference: reference.parse().unwrap(),
             digest: None,
             state: PullState::Pulling,
+            priority: Priority::Demand,
             done_bytes: 0,
             fetched_bytes: 0,
             total_bytes: 0,

@@ -31,6 +31,7 @@ fn each_error_has_the_code_that_the_kubelet_must_act_on() {
         reference: "registry.example/model:v1".parse().unwrap(),
         digest: None,
         state: PullState::Resolving,
+        priority: carport_image::pull::Priority::Demand,
         done_bytes: 0,
         fetched_bytes: 0,
         total_bytes: 0,

@@ -65,6 +65,7 @@ mod tests {
             reference: "registry.example/model:v1".parse().unwrap(),
             digest: None,
             state,
+            priority: carport_image::pull::Priority::Demand,
             done_bytes: 1_288_490_189,
             fetched_bytes: 1_288_490_189,
             total_bytes: 15_032_385_536,

@@ -344,3 +344,33 @@ fn an_eta_is_told_when_it_can_be() {
         None
     );
 }
+
+#[tokio::test]
+async fn what_somebody_waits_for_overtakes_what_nobody_does() {
+    let mut bench = bench();
+    let mut image = |seed: u64, bytes: usize| {
+        let layer = bench.layout.layer(&tar(&[Entry::File("weights", &noise(seed, bytes))]), Plain);
+        bench.layout.image(&format!("model-{seed}"), &[layer])
+    };
+    let later: Vec<_> = (20..26).map(|seed| image(seed, 48_000_000)).collect();
+    let (joined, wanted) = (image(30, 48_000_000), image(31, 1_000_000));
+    let start = |reference: &Reference, priority| {
+        let request = PullRequest { priority, ..PullRequest::new(reference.clone()) };
+        bench.puller.start(request)
+    };
+    let later: Vec<_> = later.iter().map(|image| start(image, Priority::Prefetch(0))).collect();
+    let last = start(&joined, Priority::Prefetch(-5));
+    assert_eq!(last.progress().priority, Priority::Prefetch(-5));
+
+    // Nothing of these has been waited for yet, and all of it stands before this.
+    start(&wanted, Priority::Demand).wait().await.unwrap();
+    let joining = start(&joined, Priority::Demand);
+    assert_eq!(last.progress().priority, Priority::Demand);
+    joining.wait().await.unwrap();
+    last.wait().await.unwrap();
+    let waiting = later.iter().filter(|pull| pull.progress().state != PullState::Done).count();
+    assert!(waiting >= 2, "{waiting} prefetches were still under way");
+    for pull in later {
+        pull.wait().await.unwrap();
+    }
+}
