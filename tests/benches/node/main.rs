@@ -13,9 +13,12 @@ use anyhow::Context as _;
 
 mod containerd;
 mod measure;
+mod packed;
+mod podman;
 mod publish;
 mod pull;
 mod report;
+mod resume;
 mod volume;
 
 use report::Report;
@@ -29,6 +32,12 @@ async fn main() -> anyhow::Result<()> {
     let mut report = Report::open(&target().join("bench/results.jsonl"))?;
     if wanted("pull") {
         pull::run(carport, &mut report).await.context("bench of pulls")?;
+    }
+    if wanted("packed") {
+        packed::run(carport, &mut report).await.context("bench of compressed images")?;
+    }
+    if wanted("resume") {
+        resume::run(carport, &mut report).await.context("bench of interrupted pulls")?;
     }
     if wanted("publish") {
         publish::run(carport, &mut report).await.context("bench of publishes")?;

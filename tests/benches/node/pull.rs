@@ -1,4 +1,4 @@
-//! Pulling a modelcar of four large files from a registry on loopback.
+//! Pulling a modelcar of large files, a layer each, from a registry on loopback.
 
 use std::fs;
 use std::io::Write as _;
@@ -11,10 +11,11 @@ use serde_json::Value;
 
 use crate::containerd::Containerd;
 use crate::measure::{Cost, run as measure};
+use crate::podman::Podman;
 use crate::report::{Figure, Report};
 
-const FILES: usize = 4;
-const FILE_BYTES: usize = 512 * 1024 * 1024;
+const FILES: usize = 14;
+const FILE_BYTES: usize = 150 * 1024 * 1024;
 const RUNS: usize = 5;
 
 pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<()> {
@@ -22,7 +23,7 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
         Registry::start().context("docker-registry is not installed: run `make setup`")?;
     let folder = tempfile::Builder::new().prefix("carport-bench").tempdir()?;
     let model = folder.path().join("model");
-    write_model(&model)?;
+    write_model(&model, FILES, FILE_BYTES)?;
     let reference = format!("{}/bench/model:v1", registry.host());
     let packed = Command::new(carport)
         .args(["pack", "-o", "json", "--plain-http", registry.host()])
@@ -35,8 +36,10 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
     let image_bytes = (FILES * FILE_BYTES) as f64;
 
     let with_skopeo = installed("skopeo");
+    let podman = Podman::new(folder.path());
     let containerd = Containerd::start(folder.path())?;
     let (mut ours, mut skopeo, mut limit, mut theirs) = (vec![], vec![], vec![], vec![]);
+    let mut podmans = vec![];
     let mut disk = 0.0;
     // The first round warms up what is common: the registry's page cache, the file system.
     for round in 0..=RUNS {
@@ -59,7 +62,9 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
             }
             None => None,
         };
+        let podman_cost = podman.as_ref().map(|podman| podman.pull(&reference)).transpose()?;
         if round > 0 {
+            podmans.extend(podman_cost);
             ours.push(cost);
             limit.push(limit_cost);
             skopeo.extend(skopeo_cost);
@@ -69,7 +74,7 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
     println!();
 
     let setup = format!(
-        "modelcar of {FILES} files of 512 MiB, one uncompressed layer a file, docker-registry on loopback"
+        "modelcar of {FILES} files of 150 MiB, one uncompressed layer a file, docker-registry on loopback"
     );
     let walls = |costs: &[Cost]| costs.iter().map(|cost| cost.wall_seconds).collect::<Vec<_>>();
     let cpus = |costs: &[Cost]| {
@@ -77,11 +82,14 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
     };
     let version = containerd.as_ref().map(Containerd::version).transpose()?.unwrap_or_default();
     let containerd_name = format!("containerd {version}");
-    let peers: Vec<(&str, &[Cost])> =
-        [("skopeo", &skopeo[..]), (containerd_name.as_str(), &theirs[..])]
-            .into_iter()
-            .filter(|(_, costs)| !costs.is_empty())
-            .collect();
+    let peers: Vec<(&str, &[Cost])> = [
+        ("skopeo", &skopeo[..]),
+        ("podman", &podmans[..]),
+        (containerd_name.as_str(), &theirs[..]),
+    ]
+    .into_iter()
+    .filter(|(_, costs)| !costs.is_empty())
+    .collect();
     for (name, costs) in &peers {
         report.add(Figure {
             name: "pull_tar_seconds",
@@ -133,7 +141,7 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
     })
 }
 
-fn pull(carport: &Path, registry: &Registry, root: &Path, reference: &str) -> Command {
+pub(crate) fn pull(carport: &Path, registry: &Registry, root: &Path, reference: &str) -> Command {
     let mut command = Command::new(carport);
     command.args(["pull", "--plain-http", registry.host(), "--root"]).arg(root).arg(reference);
     command
@@ -165,12 +173,13 @@ fn download(folder: &Path, registry: &Registry, blobs: &[String]) -> anyhow::Res
     Ok(measure(&mut curl)?.then(measure(&mut sync)?).then(measure(&mut hash)?))
 }
 
-fn write_model(folder: &Path) -> anyhow::Result<()> {
+/// `files` files of `bytes` random bytes.
+pub(crate) fn write_model(folder: &Path, files: usize, bytes: usize) -> anyhow::Result<()> {
     fs::create_dir_all(folder)?;
     let mut random = fs::File::open("/dev/urandom")?;
-    for n in 1..=FILES {
-        let mut file = fs::File::create(folder.join(format!("model-0000{n}.safetensors")))?;
-        std::io::copy(&mut std::io::Read::take(&mut random, FILE_BYTES as u64), &mut file)?;
+    for n in 1..=files {
+        let mut file = fs::File::create(folder.join(format!("model-{n:05}.safetensors")))?;
+        std::io::copy(&mut std::io::Read::take(&mut random, bytes as u64), &mut file)?;
     }
     Ok(())
 }
@@ -201,7 +210,7 @@ fn objects_bytes(root: &Path) -> anyhow::Result<f64> {
 }
 
 /// An empty folder, and nothing left to be written from what was in it.
-fn fresh(folder: &PathBuf) -> anyhow::Result<()> {
+pub(crate) fn fresh(folder: &PathBuf) -> anyhow::Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
