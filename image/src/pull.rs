@@ -30,7 +30,7 @@ use crate::manifest::ManifestError;
 pub use crate::manifest::Platform;
 use crate::reference::Reference;
 use crate::source::{PullSecret, SourceError, Sources};
-use crate::store::{Store, StoreError, StoredImage};
+use crate::store::{PinRequest, Store, StoreError, StoredImage};
 
 mod access;
 mod board;
@@ -39,6 +39,7 @@ mod flight;
 mod layers;
 mod meter;
 mod pace;
+mod plan;
 mod run;
 mod slots;
 
@@ -47,6 +48,7 @@ use board::{Board, Entry};
 use fetch::Fetcher;
 use flight::{Flight, Flights};
 pub use pace::Bandwidth;
+pub use plan::{Plan, PlannedImage};
 pub use slots::Priority;
 use slots::Slots;
 
@@ -91,6 +93,8 @@ pub struct PullRequest {
     pub access: Option<AccessCheck>,
     /// Who goes first. A pull in flight that a more urgent request joins becomes as urgent.
     pub priority: Priority,
+    /// Pins the image before anything could evict it.
+    pub pin: Option<PinRequest>,
 }
 
 impl PullRequest {
@@ -104,6 +108,7 @@ impl PullRequest {
             platform: Platform::default(),
             access: None,
             priority: Priority::Demand,
+            pin: None,
         }
     }
 }
@@ -282,6 +287,7 @@ struct ImageKey {
     policy: PullPolicy,
     secret: PullSecret,
     access: Option<AccessCheck>,
+    pin: Option<PinRequest>,
 }
 
 impl Puller {
@@ -319,6 +325,7 @@ impl Puller {
             policy: request.policy,
             secret: request.secret.clone(),
             access: request.access,
+            pin: request.pin.clone(),
         };
         let (inner, priority) = (Arc::clone(&self.inner), request.priority);
         let flight = self.inner.images.join(&key, |stop| {

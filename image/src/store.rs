@@ -4,14 +4,18 @@
 //! <root>/                         0700, since models may be private
 //!   format                        version; a newer one is refused
 //!   lock                          flock: shared to commit, exclusive to collect or remove
+//!   admission                     flock: whoever counts the room and makes some
 //!   objects/ab/<blake3>[.x]       a file's content: 0444 (0555 with .x), never changed once named
 //!   layers/<sha256>.json          what a layer unpacked to; <sha256>.file.json where it was read as
 //!                                 one raw file, .file-gzip and .file-zstd where that was compressed
 //!   trees/<sha256>/rootfs/        hard links to objects: what a pod sees
 //!                  tree.json      sizes and layers; manifest.json, config.json as they travelled
+//!                  used           its time is the image's last use
 //!                  views/<sha256>/rootfs/   some of its files, for volumes that choose
 //!   refs/<sha256>.json            reference → manifest; named by the hash of the reference
 //!   access/<sha256>.json          who has been found to have a right to an image
+//!   pins/<image>.<owner>.json     images that stay because somebody wishes it
+//!   reservations/  rates/         room promised to what is to come; how fast registries have been
 //!   ingest/<sha256>/              a layer or tree on its way, with <sha256>.lock beside it
 //!   volumes/  leases/             small records
 //!   mounts/                       logs of the processes that serve FUSE mounts, locked while they live
@@ -32,7 +36,7 @@
 //!
 //! # Locks
 //!
-//! `ingest/<sha256>.lock` (one worker a layer), then `lock`; never the other way round.
+//! `admission`, then `ingest/<sha256>.lock` (one worker a layer), then `lock`; never the other way round.
 //!
 //! All functions block on the disk: call them from `spawn_blocking` or a thread of your own.
 
@@ -52,22 +56,37 @@ use crate::reference::Reference;
 use crate::tree::LayerEntry;
 
 mod access;
+mod capacity;
 mod collect;
 mod error;
+mod evict;
+mod holdings;
 mod ingest;
+mod last_use;
 mod lease;
 mod objects;
+mod outlook;
+mod pins;
+mod rates;
 mod record;
+mod reservations;
+mod told;
 mod trees;
 mod views;
 
 pub(crate) use access::{AccessRecord, Standing};
+pub use capacity::{Held, Limits, Promised, Room, Space};
 pub use collect::Collected;
 pub use error::StoreError;
+pub use evict::{Evicted, EvictedImage, EvictionCount, Reason};
+pub use holdings::ImageUsage;
+pub(crate) use holdings::Wanted;
 pub(crate) use ingest::Ingest;
 pub(crate) use lease::Lease;
 pub(crate) use objects::Staged;
+pub use pins::{InvalidOwner, Owner, Pin, PinRequest};
 pub use record::Records;
+pub use reservations::Reservation;
 pub(crate) use trees::{EPOCH, NewTree, object_mode};
 pub use views::View;
 
@@ -80,6 +99,9 @@ const FORMAT: &str = "carport store 1\n";
 #[derive(Clone, Debug)]
 pub struct Store {
     root: Arc<PathBuf>,
+    limits: Limits,
+    counted: Arc<capacity::Counted>,
+    evictions: Arc<evict::Evictions>,
 }
 
 /// A complete image.
@@ -178,7 +200,12 @@ impl Store {
     pub fn open(root: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let root = root.into();
         fs::create_dir_all(&root).context(|| format!("create {}", root.display()))?;
-        let store = Self { root: Arc::new(root) };
+        let store = Self {
+            root: Arc::new(root),
+            limits: Limits::default(),
+            counted: Arc::default(),
+            evictions: Arc::default(),
+        };
         match fs::read_to_string(store.path("format")) {
             Ok(text) if text == FORMAT => {}
             Ok(text) => {
@@ -194,8 +221,14 @@ impl Store {
             Err(e) => return Err(e).context(|| format!("read {}", store.path("format").display())),
         }
         // Stores of earlier versions have none.
-        let access = store.path("access");
-        fs::create_dir_all(&access).context(|| format!("create {}", access.display()))?;
+        for name in ["access", "pins", "reservations", "rates"] {
+            let path = store.path(name);
+            fs::create_dir_all(&path).context(|| format!("create {}", path.display()))?;
+        }
+        let admission = store.path("admission");
+        if !admission.exists() {
+            record::write(&admission, b"")?;
+        }
         store.recover()?;
         Ok(store)
     }
@@ -227,8 +260,21 @@ impl Store {
 
     fn is_own(&self, name: &std::ffi::OsStr) -> bool {
         // What a creation that was cut off may have left.
-        const OWN: [&str; 9] =
-            ["objects", "layers", "trees", "refs", "access", "ingest", "volumes", "leases", "lock"];
+        const OWN: [&str; 13] = [
+            "objects",
+            "layers",
+            "trees",
+            "refs",
+            "access",
+            "pins",
+            "reservations",
+            "rates",
+            "ingest",
+            "volumes",
+            "leases",
+            "lock",
+            "admission",
+        ];
         name.to_str().is_some_and(|name| OWN.contains(&name) || name.starts_with(".tmp"))
     }
 

@@ -193,6 +193,10 @@ impl Disk {
             },
         }
         crash::point("unpublish: the target is gone");
+        // While the record still keeps the image: it must not look idle since the pod began.
+        if let Some(record) = &record {
+            self.store.touch(&record.digest);
+        }
         self.records.remove(&name)?;
         crash::point("unpublish: no record");
         Ok(record)

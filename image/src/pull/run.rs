@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
@@ -22,9 +22,9 @@ use crate::tree::Tree;
 const OTHER_PROCESS_POLL: Duration = Duration::from_millis(100);
 
 /// What a reference means: the digest the source gave, and the image chosen from it.
-struct Resolved {
+pub(super) struct Resolved {
     resolved: Digest,
-    image: ImageManifest,
+    pub(super) image: ImageManifest,
     manifest: RawManifest,
 }
 
@@ -66,16 +66,11 @@ impl Inner {
         entry: &Entry,
     ) -> Result<Pulled, PullError> {
         let reference = &request.reference;
-        let asked = reference.clone();
-        let (here, known) =
-            self.disk(move |store| Ok((store.lookup(&asked)?, store.reference(&asked)?))).await?;
-        // A record for another platform says nothing of this one.
-        let here =
-            here.filter(|_| known.as_ref().is_none_or(|known| known.platform == request.platform));
+        let (here, known) = self.known(request).await?;
         match (request.policy, here) {
             (PullPolicy::IfNotPresent | PullPolicy::Never, Some(digest)) => {
                 self.entitled(request, digest).await?;
-                return self.present(digest).await;
+                return self.present(request, digest).await;
             }
             (PullPolicy::Never, None) => {
                 return Err(PullError::NotStored(format!(
@@ -94,7 +89,7 @@ impl Inner {
                     self.entitled(request, digest).await?;
                 }
                 self.granted(&*source, request, digest).await?;
-                return self.present(digest).await;
+                return self.present(request, digest).await;
             }
             name = ManifestName::Digest(now);
         }
@@ -116,12 +111,15 @@ impl Inner {
             stage.state = PullState::Pulling;
         });
         let mut cost = None;
+        // Kept to the end: until then nobody evicts the image.
+        let mut _lease = None;
         if self.disk(move |store| store.image_unnamed(&digest)).await?.is_none() {
-            cost = Some(self.bring_image(&source, &found, entry).await?);
+            let (brought, lease) = self.bring_image(&source, &found, request, entry).await?;
+            (cost, _lease) = (Some(brought), Some(lease));
         }
         self.disk(move |store| store.put_reference(&record)).await?;
         self.granted(&*source, request, digest).await?;
-        let mut pulled = self.present(digest).await?;
+        let mut pulled = self.present(request, digest).await?;
         if let Some(cost) = cost {
             pulled.fetched_bytes = cost.fetched_bytes;
             pulled.written_bytes = cost.written_bytes;
@@ -130,9 +128,32 @@ impl Inner {
         Ok(pulled)
     }
 
-    async fn present(&self, digest: Digest) -> Result<Pulled, PullError> {
-        let image = self.disk(move |store| store.image_unnamed(&digest)).await?;
-        let image = image.ok_or_else(|| {
+    /// The stored image that the request means without asking anybody, and what its reference
+    /// was resolved to.
+    pub(super) async fn known(
+        &self,
+        request: &PullRequest,
+    ) -> Result<(Option<Digest>, Option<RefRecord>), PullError> {
+        let asked = request.reference.clone();
+        let (here, known) =
+            self.disk(move |store| Ok((store.lookup(&asked)?, store.reference(&asked)?))).await?;
+        // A record for another platform says nothing of this one.
+        let here =
+            here.filter(|_| known.as_ref().is_none_or(|known| known.platform == request.platform));
+        Ok((here, known))
+    }
+
+    async fn present(&self, request: &PullRequest, digest: Digest) -> Result<Pulled, PullError> {
+        let (reference, pin) = (request.reference.clone(), request.pin.clone());
+        let here = self.disk(move |store| {
+            // First of all: who evicts looks at both once more before the image goes.
+            store.touch(&digest);
+            if let Some(pin) = pin {
+                store.pin(&digest, Some(&reference), &pin)?;
+            }
+            store.image_unnamed(&digest)
+        });
+        let image = here.await?.ok_or_else(|| {
             PullError::Cancelled(format!(
                 "image {digest} was removed at this moment: pull it again"
             ))
@@ -140,7 +161,7 @@ impl Inner {
         Ok(Pulled { digest, image, fetched_bytes: 0, written_bytes: 0, already_present: true })
     }
 
-    async fn resolve(
+    pub(super) async fn resolve(
         &self,
         source: &dyn Source,
         name: &ManifestName,
@@ -184,7 +205,11 @@ impl Inner {
     }
 
     /// A blob that is small enough to hold.
-    async fn config(&self, source: &dyn Source, blob: Blob) -> Result<Vec<u8>, PullError> {
+    pub(super) async fn config(
+        &self,
+        source: &dyn Source,
+        blob: Blob,
+    ) -> Result<Vec<u8>, PullError> {
         let fetch = || async {
             let mut bytes = Vec::new();
             if blob.size > 0 {
@@ -219,17 +244,21 @@ impl Inner {
         self: &Arc<Self>,
         source: &Arc<dyn Source>,
         found: &Resolved,
+        request: &PullRequest,
         entry: &Entry,
-    ) -> Result<LayerDone, PullError> {
+    ) -> Result<(LayerDone, Lease), PullError> {
         let image = &found.image;
         let config = self.config(&**source, image.config).await?;
         let layers = image.layers_with(&config)?;
 
         // Nothing that is gathered from here on is collected before the tree stands.
-        let names: BTreeSet<Digest> =
-            layers.iter().map(|placed| placed.layer.blob.digest).collect();
-        let lease: Lease = self.disk(move |store| store.lease(names)).await?;
+        let distinct: BTreeSet<Layer> = layers.iter().map(|placed| placed.layer).collect();
+        let (digest, reference) = (image.digest, request.reference.clone());
+        let asked = reference.clone();
+        let lease = self.disk(move |store| store.admit(&digest, &asked, &distinct)).await?;
+        let started = Instant::now();
         let cost = self.bring_layers(source, &layers, entry).await?;
+        let took = started.elapsed();
 
         entry.set(|stage| stage.state = PullState::Finishing);
         let (image, manifest) = (image.clone(), found.manifest.clone());
@@ -244,8 +273,15 @@ impl Inner {
             }
             tokio::time::sleep(OTHER_PROCESS_POLL).await;
         }
-        drop(lease);
-        Ok(cost)
+        let noted = self.disk(move |store| {
+            store.use_up_reservations(&reference)?;
+            store.note_rate(reference.registry().unwrap_or_default(), cost.fetched_bytes, took)
+        });
+        // The image is here; a reservation that stays has an end of its own.
+        if let Err(error) = noted.await {
+            tracing::warn!(image = %digest, %error, "cannot note what the pull took");
+        }
+        Ok((cost, lease))
     }
 
     async fn bring_layers(

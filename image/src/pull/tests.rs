@@ -321,6 +321,111 @@ async fn a_pull_stops_with_its_last_handle_unless_detached() {
     assert!(bench.store().lookup(&reference).unwrap().is_some());
 }
 
+fn kept(owner: &str) -> PinRequest {
+    PinRequest { owner: owner.parse().unwrap(), expires_at: None }
+}
+
+/// The bench's puller, over a store of that size in which everything idle may go.
+fn with_quota(bench: &mut Bench, quota: u64) {
+    let limits = crate::store::Limits {
+        quota_bytes: Some(quota),
+        keep_for: Duration::ZERO,
+        ..crate::store::Limits::default()
+    };
+    let store = Store::open(bench.dir.path().join("store")).unwrap().with_limits(limits);
+    let sources = Sources::new(RegistryOptions::default()).unwrap();
+    bench.puller = Puller::new(store, sources, PullOptions::default());
+}
+
+#[tokio::test]
+async fn a_pull_pins_what_it_brings_and_what_it_finds() {
+    let mut bench = bench();
+    let layer = bench.layer(Plain, &[Entry::File("f", b"x")]);
+    let reference = bench.layout.image("v1", &[layer]);
+    for owner in ["first", "second"] {
+        let pin = Some(kept(owner));
+        let request = PullRequest { pin, ..PullRequest::new(reference.clone()) };
+        let pulled = bench.puller.start(request).wait().await.unwrap();
+        assert_eq!(pulled.already_present, owner == "second");
+        let pins = bench.store().pins().unwrap();
+        let last = pins.last().unwrap();
+        assert_eq!((last.owner.as_str(), &last.image), (owner, &pulled.digest));
+        assert_eq!(last.reference.as_ref(), Some(&reference));
+    }
+    let digest = bench.store().images().unwrap()[0].digest;
+    assert!(bench.store().last_used(&digest).is_some());
+    assert!(matches!(bench.store().remove(&digest), Err(StoreError::InUse(_))));
+}
+
+#[tokio::test]
+async fn a_pull_makes_room_before_it_downloads_or_says_that_there_is_none() {
+    let mut bench = bench();
+    with_quota(&mut bench, 1_000_000);
+    let mut pulled = Vec::new();
+    let mut references = Vec::new();
+    for n in 0..4_u8 {
+        let layer = bench.layer(Plain, &[Entry::File("w", &noise(n.into(), 300_000))]);
+        let reference = bench.layout.image(&format!("v{n}"), std::slice::from_ref(&layer));
+        let pin = (n == 0).then(|| kept("ops"));
+        let request = PullRequest { pin, ..PullRequest::new(reference.clone()) };
+        let plan = bench.puller.plan(std::slice::from_ref(&request)).await.unwrap();
+        assert!(plan.fits, "{plan:?}");
+        assert_eq!(plan.evict.len(), usize::from(n == 3), "{plan:?}");
+        pulled.push(bench.puller.start(request).wait().await.unwrap().digest);
+        references.push(reference);
+        if let [evicted] = &plan.evict[..] {
+            assert!(bench.store().image(&evicted.digest).unwrap().is_none(), "as planned");
+        }
+    }
+    assert_eq!(bench.store().images().unwrap().len(), 3);
+    assert!(bench.store().image(&pulled[0]).unwrap().is_some(), "pinned");
+    assert!(bench.store().space().unwrap().used_bytes <= 1_000_000);
+
+    let big = bench.layer(Plain, &[Entry::File("w", &noise(9, 800_000))]);
+    let reference = bench.layout.image("big", std::slice::from_ref(&big));
+    // The blob is not even asked for.
+    fs::remove_file(bench.layout.blob_path(&big.blob)).unwrap();
+    let plan = bench.puller.plan(&[PullRequest::new(reference.clone())]).await.unwrap();
+    assert!(!plan.fits && plan.evict.is_empty(), "{plan:?}");
+    let error = bench.pull(&reference).await.unwrap_err();
+    assert_eq!(error.reason(), "no_space");
+    let text = error.to_string();
+    assert!(text.contains("of the quota of 976.6 KiB") && text.contains("is pinned"), "{text}");
+    assert_eq!(bench.store().images().unwrap().len(), 3, "nothing was evicted for it");
+}
+
+#[tokio::test]
+async fn a_plan_counts_a_layer_once_over_all_images() {
+    let mut bench = bench();
+    let size = |entry: &TestLayer| fs::metadata(bench.layout.blob_path(&entry.blob)).unwrap().len();
+    let shared = bench.layer(Plain, &[Entry::File("base", &noise(1, 100_000))]);
+    let [a, b] = [2, 3].map(|n| bench.layer(Gzip, &[Entry::File("own", &noise(n, 50_000))]));
+    let (shared_size, a_size, b_size) = (size(&shared), size(&a), size(&b));
+    let here = bench.layout.image("here", std::slice::from_ref(&shared));
+    let references = [
+        bench.layout.image("a", &[shared.clone(), a.clone()]),
+        bench.layout.image("b", &[shared.clone(), b.clone()]),
+    ];
+    let requests = references.clone().map(PullRequest::new);
+    let plan = bench.puller.plan(&requests).await.unwrap();
+    assert_eq!(plan.download_bytes, 2 * shared_size + a_size + b_size);
+    assert_eq!(plan.missing_bytes, shared_size + a_size + b_size);
+    assert_eq!(plan.images[1].missing_bytes, b_size);
+    assert!(plan.at_least && plan.fits && plan.eta.is_none() && plan.evict.is_empty());
+
+    bench.pull(&here).await.unwrap();
+    bench.store().note_rate("", 1 << 30, Duration::from_secs(1 << 10)).unwrap();
+    let plan = bench.puller.plan(&requests).await.unwrap();
+    assert_eq!((plan.missing_bytes, plan.needed_bytes), (a_size + b_size, a_size + b_size));
+    let seconds = (a_size + b_size) as f64 / (1 << 20) as f64;
+    assert!((plan.eta.unwrap().as_secs_f64() - seconds).abs() < 1e-6, "{plan:?}");
+    bench.pull(&references[0]).await.unwrap();
+    let plan = bench.puller.plan(&requests).await.unwrap();
+    assert!(plan.images[0].present && !plan.images[1].present);
+    assert_eq!((plan.images[0].missing_bytes, plan.missing_bytes), (0, b_size));
+    assert_eq!(bench.puller.pulls(), []);
+}
+
 #[test]
 fn an_eta_is_told_when_it_can_be() {
     let progress = |state, done_bytes, total_bytes, bytes_per_second| PullProgress {

@@ -1,4 +1,11 @@
 //! Making room: removing an image, and collecting what nobody uses any more.
+//!
+//! ```text
+//! image ─► out of sight ─► access, references, pins ─► links deleted      (remove)
+//! views, objects, partial layers, records that nobody needs ─► deleted    (collect)
+//! ```
+//!
+//! What a crash leaves of either, the next start or the next collection finds and ends.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -11,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use super::error::{Context as _, StoreError};
 use super::ingest::remove_tree;
 use super::record::Lock;
-use super::{LayerRecord, RecordKind, Store, trees};
+use super::{LayerRecord, RecordKind, RefRecord, Store, trees};
+use crate::crash;
 use crate::digest::Digest;
 
 /// What a collection freed.
@@ -30,33 +38,41 @@ impl Store {
     ///
     /// # Errors
     ///
-    /// [`StoreError::InUse`] while a volume shows it.
+    /// [`StoreError::InUse`] while a volume shows it or somebody has pinned it.
     pub fn remove(&self, digest: &Digest) -> Result<bool, StoreError> {
-        #[derive(Deserialize)]
-        struct Holder {
-            digest: Digest,
-        }
+        self.remove_unless(digest, || Ok(None))
+    }
+
+    /// Removes an image unless a volume, a pin, or `needed` says why not.
+    pub(super) fn remove_unless(
+        &self,
+        digest: &Digest,
+        needed: impl FnOnce() -> Result<Option<String>, StoreError>,
+    ) -> Result<bool, StoreError> {
         let removed = {
             let _exclusive = Lock::exclusive(&self.path("lock"))?;
-            let volumes = self.records(RecordKind::Volumes);
-            for volume in volumes.names()? {
-                // A record that cannot be read may be of this image: better an error than a pod
-                // whose files vanish.
-                let holder: Option<Holder> = volumes.get(&volume)?;
-                if holder.is_none_or(|holder| holder.digest != *digest) {
-                    continue;
-                }
-                return Err(StoreError::InUse(format!(
-                    "image {digest} is mounted as volume {volume}: stop the pods that use it first"
+            let in_use = |why: String| StoreError::InUse(format!("image {digest} is {why}"));
+            if let Some(volume) = self.volume_of(digest)? {
+                return Err(in_use(format!(
+                    "mounted as volume {volume}: stop the pods that use it first"
                 )));
             }
+            if let Some(why) = self.pinned_by(digest)? {
+                return Err(in_use(why));
+            }
+            if let Some(why) = needed()? {
+                return Err(in_use(why));
+            }
             let removed = trees::detach(self, digest)?;
+            crash::point("remove: out of sight");
             self.access_records().remove(&digest.hex())?;
-            for (name, record) in self.ref_records().list::<super::RefRecord>()? {
+            for (name, record) in self.ref_records().list::<RefRecord>()? {
                 if record.image == *digest {
                     self.ref_records().remove(&name)?;
+                    crash::point("remove: a reference is gone");
                 }
             }
+            self.drop_pins(digest)?;
             removed
         };
         match removed {
@@ -65,11 +81,34 @@ impl Store {
         }
     }
 
+    /// A volume that shows the image.
+    fn volume_of(&self, digest: &Digest) -> Result<Option<String>, StoreError> {
+        #[derive(Deserialize)]
+        struct Holder {
+            digest: Digest,
+        }
+        let volumes = self.records(RecordKind::Volumes);
+        for volume in volumes.names()? {
+            // A record that cannot be read may be of this image: better an error than a pod
+            // whose files vanish.
+            let holder: Option<Holder> = volumes.get(&volume)?;
+            if holder.is_some_and(|holder| holder.digest == *digest) {
+                return Ok(Some(volume));
+            }
+        }
+        Ok(None)
+    }
+
     /// Removes every object that neither a tree nor a pull in flight uses, and every partial layer that
     /// no pull is at: who asks for room gets all there is.
     pub fn collect(&self) -> Result<Collected, StoreError> {
-        let partial_bytes = self.drop_partial_layers()?;
-        let _exclusive = Lock::exclusive(&self.path("lock"))?;
+        let lock = self.path("lock");
+        let leased = {
+            let _exclusive = Lock::exclusive(&lock)?;
+            self.leased()?
+        };
+        let partial_bytes = self.drop_partial_layers(&leased)?;
+        let _exclusive = Lock::exclusive(&lock)?;
         self.drop_unused_views()?;
         let leased = self.leased()?;
         let mut kept: BTreeSet<OsString> = BTreeSet::new();
@@ -88,9 +127,11 @@ impl Store {
         }
 
         let mut collected = Collected { objects: 0, bytes: partial_bytes };
+        let mut kept_bytes = 0;
         self.walk_objects(|path, meta| {
             let name = path.file_name().unwrap_or_default();
             if meta.nlink() > 1 || kept.contains(name) {
+                kept_bytes += meta.blocks() * 512;
                 return Ok(());
             }
             match fs::remove_file(path) {
@@ -101,11 +142,15 @@ impl Store {
             }
             collected.objects += 1;
             collected.bytes += meta.blocks() * 512;
+            crash::point("collect: an object is gone");
             Ok(())
         })?;
+        self.counted.set(kept_bytes);
 
         // A record of what is not here any more would only mislead.
         self.drop_access_without_image()?;
+        self.drop_references_without_image()?;
+        self.drop_expired_pins()?;
         for (name, record) in records {
             if !record.objects().all(|(id, size)| self.has_object(&id, size)) {
                 self.layer_records().remove(&name)?;
@@ -114,8 +159,19 @@ impl Store {
         Ok(collected)
     }
 
-    /// Gives up layers that nobody works on any more; returns the bytes that were freed.
-    fn drop_partial_layers(&self) -> Result<u64, StoreError> {
+    /// What a removal that was cut off has left.
+    fn drop_references_without_image(&self) -> Result<(), StoreError> {
+        for (name, record) in self.ref_records().list::<RefRecord>()? {
+            if !self.tree(&record.image).exists() {
+                self.ref_records().remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives up layers that nobody works on any more, unless a pull that waits for its turn has
+    /// `leased` them; returns the bytes that were freed.
+    fn drop_partial_layers(&self, leased: &BTreeSet<Digest>) -> Result<u64, StoreError> {
         let ingest = self.path("ingest");
         let what = || format!("read {}", ingest.display());
         let mut bytes = 0;
@@ -124,6 +180,9 @@ impl Store {
             let Some(digest) = name.to_str().and_then(|name| Digest::from_hex(name).ok()) else {
                 continue;
             };
+            if leased.contains(&digest) {
+                continue;
+            }
             // One that is locked is being brought in at this moment.
             if let Some(ingest) = self.ingest(&digest)? {
                 for file in fs::read_dir(ingest.folder()).context(what)?.flatten() {

@@ -13,16 +13,16 @@ pub enum StoreError {
         /// The system's answer.
         source: io::Error,
     },
-    /// The file system is full, or this user's quota of it.
-    #[error("{what}: no space left on the store's file system: free space or run `carport gc`")]
+    /// It does not fit: a pull that was refused beforehand, or the disk that is full after all.
+    #[error("{what}")]
     NoSpace {
-        /// Verb and path.
+        /// What does not fit where, and what to do.
         what: String,
     },
     /// Not a store, or not one of this version.
     #[error("{0}")]
     Format(String),
-    /// Something still needs it.
+    /// Something still needs it, or there are too many of its kind.
     #[error("{0}")]
     InUse(String),
     /// A record or object is not what it must be; the message says how to get past it.
@@ -33,7 +33,12 @@ pub enum StoreError {
 impl StoreError {
     pub(crate) fn io(what: String, source: io::Error) -> Self {
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { what },
+            // Of the disk, or of this user on it.
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace {
+                what: format!(
+                    "{what}: no space left on the store's file system: free space or run `carport gc`"
+                ),
+            },
             _ => Self::Io { what, source },
         }
     }

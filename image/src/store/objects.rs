@@ -50,7 +50,9 @@ impl Store {
             };
         }
         // An object of another length is damage: the verified one takes its place.
-        fs::rename(&from, &to).context(what)
+        fs::rename(&from, &to).context(what)?;
+        self.counted.add(staged.size);
+        Ok(())
     }
 
     /// Walks all objects, calling `visit` with each one's path and metadata.
@@ -93,6 +95,7 @@ impl Store {
             }
             Ok(())
         })?;
+        self.counted.set(usage.object_bytes);
         Ok(usage)
     }
 }

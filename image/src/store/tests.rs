@@ -1,4 +1,3 @@
-use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
@@ -7,14 +6,14 @@ use crate::testing::{listing, noise, store};
 use crate::tree::Tree;
 
 /// How [`put_layer`]'s layers are read.
-fn layer(digest: &Digest) -> Layer {
+pub(super) fn layer(digest: &Digest) -> Layer {
     let blob = crate::manifest::Blob { digest: *digest, size: 1 };
     let compression = crate::manifest::Compression::None;
     Layer { blob, compression, content: crate::manifest::Content::Tar }
 }
 
 /// Brings in a layer of one file by the store's own means.
-fn put_layer(store: &Store, content: &[u8]) -> (Digest, ObjectId) {
+pub(super) fn put_layer(store: &Store, content: &[u8]) -> (Digest, ObjectId) {
     let digest = Digest::of(content);
     let object = ObjectId::new(blake3::hash(content), false);
     let ingest = store.ingest(&digest).unwrap().expect("nobody else is at it");
@@ -33,7 +32,7 @@ fn put_layer(store: &Store, content: &[u8]) -> (Digest, ObjectId) {
 }
 
 /// Makes an image of stored layers.
-fn put_image(store: &Store, name: &str, layers: &[Digest]) -> Digest {
+pub(super) fn put_image(store: &Store, name: &str, layers: &[Digest]) -> Digest {
     let mut tree = Tree::default();
     for digest in layers {
         tree.apply(&store.layer(&layer(digest)).unwrap().expect("stored").entries).unwrap();
@@ -63,7 +62,7 @@ fn put_image(store: &Store, name: &str, layers: &[Digest]) -> Digest {
     digest
 }
 
-fn reference(name: &str) -> Reference {
+pub(super) fn reference(name: &str) -> Reference {
     format!("registry.example/{name}:1").parse().unwrap()
 }
 
@@ -141,7 +140,8 @@ fn what_an_image_or_a_lease_needs_is_not_collected() {
     let (leased, _) = put_layer(&store, &noise(1, 10_000));
     let (loose, _) = put_layer(&store, &noise(2, 20_000));
 
-    let lease = store.lease(BTreeSet::from([leased])).unwrap();
+    let lease =
+        store.lease(&lease::Leased { layers: [leased].into(), ..Default::default() }).unwrap();
     let collected = store.collect().unwrap();
     assert_eq!((collected.objects, collected.bytes), (1, 20_480));
     assert!(
