@@ -35,9 +35,12 @@ use crate::manifest::{Compression, Layer};
 use crate::store::{Ingest, LayerRecord, StoreError};
 
 mod file;
+mod sift;
 pub(crate) mod tar;
 mod unpack;
 
+pub(crate) use file::Buffer;
+pub(crate) use sift::{Sifted, Wanted, sift};
 pub(crate) use tar::clean_path;
 use unpack::{Progress, Unpacker};
 

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::source::RawManifest;
+use crate::tree::{LayerEntry, Tree, TreeError};
 
 mod declared;
 mod docker_model;
@@ -180,6 +181,18 @@ pub enum Place {
     Within(String),
     /// A raw layer is the file of this name.
     File(String),
+}
+
+impl Place {
+    /// Lays a layer's entries over `tree` where they belong.
+    pub(crate) fn lay(&self, tree: &mut Tree, entries: &[LayerEntry]) -> Result<(), TreeError> {
+        match self {
+            Self::Root => tree.apply(entries),
+            Self::Below(folder) => tree.apply_below(folder, entries),
+            Self::Within(folder) => tree.apply_within(folder, entries),
+            Self::File(path) => tree.place_file(path, entries),
+        }
+    }
 }
 
 /// Compression of a layer.

@@ -42,6 +42,7 @@ mod pace;
 mod plan;
 mod run;
 mod slots;
+mod verify;
 
 pub use access::{AccessCheck, RegistryAway};
 use board::{Board, Entry};
@@ -51,6 +52,7 @@ pub use pace::Bandwidth;
 pub use plan::{Plan, PlannedImage};
 pub use slots::Priority;
 use slots::Slots;
+pub use verify::{Damage, Outcome, VerifyOptions, VerifyReport};
 
 /// Limits of a [`Puller`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

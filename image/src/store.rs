@@ -11,6 +11,7 @@
 //!   trees/<sha256>/rootfs/        hard links to objects: what a pod sees
 //!                  tree.json      sizes and layers; manifest.json, config.json as they travelled
 //!                  used           its time is the image's last use
+//!                  damaged          here where the image counts as absent until a pull mends it
 //!                  views/<sha256>/rootfs/   some of its files, for volumes that choose
 //!   refs/<sha256>.json            reference → manifest; named by the hash of the reference
 //!   access/<sha256>.json          who has been found to have a right to an image
@@ -69,9 +70,11 @@ mod outlook;
 mod pins;
 mod rates;
 mod record;
+mod repair;
 mod reservations;
 mod told;
 mod trees;
+mod verify;
 mod views;
 
 pub(crate) use access::{AccessRecord, Standing};
@@ -86,8 +89,11 @@ pub(crate) use lease::Lease;
 pub(crate) use objects::Staged;
 pub use pins::{InvalidOwner, Owner, Pin, PinRequest};
 pub use record::Records;
+pub(crate) use repair::Repair;
 pub use reservations::Reservation;
 pub(crate) use trees::{EPOCH, NewTree, object_mode};
+pub(crate) use verify::{Checker, Fault, Part, TreeFault};
+pub use verify::{VerifyControl, VerifyProgress};
 pub use views::View;
 
 use error::Context as _;

@@ -51,6 +51,12 @@ impl Buffer {
         &self.memory[self.start..self.start + padded]
     }
 
+    /// All of it, to read into directly; what was in it is lost.
+    pub(crate) fn room_for_read(&mut self) -> &mut [u8] {
+        self.filled = 0;
+        &mut self.memory[self.start..self.start + BUFFER_BYTES]
+    }
+
     pub(super) fn room(&self) -> usize {
         BUFFER_BYTES - self.filled
     }

@@ -13,7 +13,7 @@ use super::fetch::retry;
 use super::layers::{LayerDone, LayerFlight};
 use super::{Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
 use crate::digest::Digest;
-use crate::manifest::{Blob, ImageManifest, Layer, Manifest, Place, PlacedLayer};
+use crate::manifest::{Blob, ImageManifest, Layer, Manifest, PlacedLayer};
 use crate::source::{Audience, ManifestName, RawManifest, Source, SourceError};
 use crate::store::{Lease, NewTree, RefRecord, Store, StoreError, StoredLayer};
 use crate::tree::Tree;
@@ -23,9 +23,9 @@ const OTHER_PROCESS_POLL: Duration = Duration::from_millis(100);
 
 /// What a reference means: the digest the source gave, and the image chosen from it.
 pub(super) struct Resolved {
-    resolved: Digest,
+    pub(super) resolved: Digest,
     pub(super) image: ImageManifest,
-    manifest: RawManifest,
+    pub(super) manifest: RawManifest,
 }
 
 impl Inner {
@@ -143,7 +143,11 @@ impl Inner {
         Ok((here, known))
     }
 
-    async fn present(&self, request: &PullRequest, digest: Digest) -> Result<Pulled, PullError> {
+    pub(super) async fn present(
+        &self,
+        request: &PullRequest,
+        digest: Digest,
+    ) -> Result<Pulled, PullError> {
         let (reference, pin) = (request.reference.clone(), request.pin.clone());
         let here = self.disk(move |store| {
             // First of all: who evicts looks at both once more before the image goes.
@@ -186,7 +190,7 @@ impl Inner {
         }
     }
 
-    async fn manifest(
+    pub(super) async fn manifest(
         &self,
         source: &dyn Source,
         name: &ManifestName,
@@ -240,7 +244,7 @@ impl Inner {
         Ok(bytes)
     }
 
-    async fn bring_image(
+    pub(super) async fn bring_image(
         self: &Arc<Self>,
         source: &Arc<dyn Source>,
         found: &Resolved,
@@ -370,13 +374,7 @@ fn make_tree(
                 record.diff_id, image.digest
             ))));
         }
-        let applied = match place {
-            Place::Root => tree.apply(&record.entries),
-            Place::Below(folder) => tree.apply_below(folder, &record.entries),
-            Place::Within(folder) => tree.apply_within(folder, &record.entries),
-            Place::File(path) => tree.place_file(path, &record.entries),
-        };
-        if let Err(why) = applied {
+        if let Err(why) = place.lay(&mut tree, &record.entries) {
             return Ok(Err(PullError::Unpack(format!("layer {digest}: {why}"))));
         }
         stored.push(StoredLayer { digest, size_bytes: layer.blob.size, diff_id: record.diff_id });

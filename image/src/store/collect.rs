@@ -82,7 +82,7 @@ impl Store {
     }
 
     /// A volume that shows the image.
-    fn volume_of(&self, digest: &Digest) -> Result<Option<String>, StoreError> {
+    pub(super) fn volume_of(&self, digest: &Digest) -> Result<Option<String>, StoreError> {
         #[derive(Deserialize)]
         struct Holder {
             digest: Digest,
@@ -109,6 +109,9 @@ impl Store {
         };
         let partial_bytes = self.drop_partial_layers(&leased)?;
         let _exclusive = Lock::exclusive(&lock)?;
+        for damaged in self.drop_damaged_images()? {
+            remove_tree(&damaged)?;
+        }
         self.drop_unused_views()?;
         let leased = self.leased()?;
         let mut kept: BTreeSet<OsString> = BTreeSet::new();
@@ -188,6 +191,7 @@ impl Store {
                 for file in fs::read_dir(ingest.folder()).context(what)?.flatten() {
                     bytes += file.metadata().map(|meta| meta.blocks() * 512).unwrap_or_default();
                 }
+                super::Repair::finish(self, &ingest)?;
                 ingest.discard()?;
             }
         }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::error::{Context as _, StoreError};
 use super::objects::Staged;
 use super::record::{self, Lock};
-use super::{LayerRecord, Store};
+use super::{LayerRecord, Repair, Store};
 use crate::crash;
 use crate::digest::Digest;
 
@@ -91,7 +91,7 @@ impl Store {
             if let Some(commit) = record::read::<Commit>(&ingest.folder.join(COMMIT))? {
                 ingest.apply(&commit)?;
                 ingest.discard()?;
-            } else if !ingest.folder.join(CHECKPOINT).exists() {
+            } else if Repair::finish(self, &ingest)? || !ingest.folder.join(CHECKPOINT).exists() {
                 ingest.discard()?;
             }
         }

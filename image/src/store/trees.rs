@@ -63,6 +63,9 @@ impl Store {
     }
 
     pub(super) fn tree_record(&self, digest: &Digest) -> Result<Option<TreeRecord>, StoreError> {
+        if self.is_marked(digest) {
+            return Ok(None);
+        }
         record::read(&self.tree(digest).join("tree.json"))
     }
 
@@ -90,6 +93,12 @@ impl Store {
             ingest.discard()?;
             return Ok(true);
         }
+        if self.rootfs(&new.digest).is_dir() {
+            // Damage. Pods may read the tree: it is mended where it stands.
+            self.mend(new)?;
+            ingest.discard()?;
+            return Ok(true);
+        }
         ingest.clear()?;
         let staging = ingest.folder().to_owned();
         let built = self.build(new, &ingest);
@@ -114,6 +123,30 @@ impl Store {
         record::sync_dir(&self.path("trees"))?;
         ingest.discard()?;
         Ok(true)
+    }
+
+    /// Makes what stands under the image's name what it must be, and its records new.
+    fn mend(&self, new: &NewTree<'_>) -> Result<(), StoreError> {
+        self.mend_tree(&new.digest, new.tree.root())?;
+        let files = new.tree.files();
+        let record = TreeRecord {
+            digest: new.digest,
+            packaging: new.packaging,
+            unpacked_bytes: files.iter().map(|(_, size, _)| size).sum(),
+            files: files.len() as u64,
+            layers: new.layers.clone(),
+            pulled_at: SystemTime::now(),
+        };
+        let json = serde_json::to_vec(&record)
+            .map_err(|e| StoreError::Corrupt(format!("tree {}: {e}", new.digest)))?;
+        let folder = self.tree(&new.digest);
+        for (name, bytes) in
+            [("manifest.json", new.manifest), ("config.json", new.config), ("tree.json", &json[..])]
+        {
+            record::write(&folder.join(name), bytes)?;
+            crash::point("mend: a record is written");
+        }
+        self.unmark(&new.digest)
     }
 
     fn build(&self, new: &NewTree<'_>, ingest: &super::Ingest) -> Result<(), StoreError> {
