@@ -93,6 +93,12 @@ pub struct Csi {
     pub layout_folders: Vec<PathBuf>,
     /// Who gets an image that is on the node already.
     pub image_access: ImageAccess,
+    /// How long volumes may ask that their image stays after them; absent: not at all.
+    #[serde(
+        serialize_with = "humantime_serde::serialize",
+        deserialize_with = "text::optional_long"
+    )]
+    pub max_pin: Option<Duration>,
 }
 
 /// Who gets an image that is on the node already.
@@ -245,6 +251,7 @@ impl Default for Csi {
             kubelet_dir: "/var/lib/kubelet".into(),
             layout_folders: Vec::new(),
             image_access: ImageAccess::default(),
+            max_pin: Some(Duration::from_secs(7 * 24 * 3600)),
         }
     }
 }

@@ -102,6 +102,9 @@ impl Agent {
         puller.set_bandwidth(config.bandwidth());
         let layouts = LayoutFolders::new(&config.csi.layout_folders);
         let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
+        if let Some(max_pin) = config.csi.max_pin {
+            volumes = volumes.with_max_pin(max_pin);
+        }
         if let Some(check) = config.access_check() {
             volumes = volumes.with_access_check(check);
         }

@@ -249,6 +249,7 @@ pub(crate) mod fixtures {
             options: MountOptions::default(),
             bytes: 1,
             files: 1,
+            pin_seconds: None,
             pod: None,
             published_at: UNIX_EPOCH,
         }

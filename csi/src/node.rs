@@ -252,7 +252,7 @@ fn publish_code(error: &PublishError) -> Code {
     match error {
         PublishError::Occupied { .. } => Code::FailedPrecondition,
         PublishError::Incompatible { .. } => Code::AlreadyExists,
-        PublishError::LayoutRefused { .. } => Code::PermissionDenied,
+        PublishError::LayoutRefused { .. } | PublishError::PinRefused(_) => Code::PermissionDenied,
         PublishError::NothingShown(_) => Code::NotFound,
         PublishError::Pull(error) => pull_code(error),
         PublishError::StillPulling(_) => Code::DeadlineExceeded,

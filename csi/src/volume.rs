@@ -69,6 +69,7 @@ const STATS_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Volumes {
     inner: Arc<Inner>,
     access: Option<AccessCheck>,
+    max_pin: Duration,
 }
 
 struct Inner {
@@ -161,6 +162,7 @@ impl Volumes {
                 changes: watch::Sender::new(0),
             }),
             access: None,
+            max_pin: Duration::ZERO,
         }
     }
 
@@ -168,6 +170,13 @@ impl Volumes {
     #[must_use]
     pub fn with_access_check(self, check: AccessCheck) -> Self {
         Self { access: Some(check), ..self }
+    }
+
+    /// Lets volumes ask that their image stays for so long after them (`pin`); not at all where
+    /// this is never called.
+    #[must_use]
+    pub fn with_max_pin(self, max_pin: Duration) -> Self {
+        Self { max_pin, ..self }
     }
 
     /// Brings the image and mounts it at the target.
@@ -211,7 +220,8 @@ impl Volumes {
             return Ok(Published { digest: record.digest, already: true });
         }
 
-        if let Err(error) = self.inner.layouts.check(&wanted.attributes.image) {
+        let allowed = self.inner.layouts.check(&wanted.attributes.image);
+        if let Err(error) = allowed.and_then(|()| self.check_pin(&wanted.attributes)) {
             let disk = self.inner.disk.clone();
             // What another configuration allowed goes, too, unless it is mounted.
             let refuse = move || (disk.after_failure(&wanted, error), turn);
@@ -333,6 +343,21 @@ impl Volumes {
     /// Ends every wait with [`PublishError::Stopping`], now and from now on. Mounts stay.
     pub fn stop(&self) {
         self.inner.stop.cancel();
+    }
+
+    fn check_pin(&self, attributes: &VolumeAttributes) -> Result<(), PublishError> {
+        match attributes.pin {
+            Some(_) if self.max_pin.is_zero() => Err(PublishError::PinRefused(
+                "volumes may not pin images on this node (csi.maxPin); leave it out".to_owned(),
+            )),
+            Some(time) if time > self.max_pin => Err(PublishError::PinRefused(format!(
+                "{} is more than the {} that volumes may pin an image for on this node \
+                 (csi.maxPin)",
+                humantime::format_duration(time),
+                humantime::format_duration(self.max_pin),
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn pull(&self, attributes: &VolumeAttributes, secret: PullSecret) -> KeepPulling {

@@ -124,12 +124,17 @@ pub fn parse_socket_addr(text: &str) -> Result<SocketAddr, String> {
 ///
 /// When it is not.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    duration_within(text, Duration::from_millis(1), Duration::from_secs(86_400))
+}
+
+fn duration_within(text: &str, least: Duration, most: Duration) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text)
         .map_err(|_| format!("{text:?} is no duration; write a number and a unit, such as 10s"))?;
-    if (Duration::from_millis(1)..=Duration::from_secs(86_400)).contains(&duration) {
+    if (least..=most).contains(&duration) {
         return Ok(duration);
     }
-    Err(format!("{text:?} is out of range; write something from 1ms to 1day"))
+    let [least, most] = [least, most].map(humantime::format_duration);
+    Err(format!("{text:?} is out of range; write something from {least} to {most}"))
 }
 
 /// Log directives.
@@ -264,6 +269,16 @@ pub(super) fn socket_addr<'de, D: Deserializer<'de>>(from: D) -> Result<SocketAd
 
 pub(super) fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     parsed(from, parse_duration)
+}
+
+/// How long something is kept, from a second to a year; or `null`.
+pub(super) fn optional_long<'de, D>(from: D) -> Result<Option<Duration>, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    let text = Option::<String>::deserialize(from)?;
+    let (second, year) = (Duration::from_secs(1), Duration::from_secs(365 * 86_400));
+    text.map(|text| duration_within(&text, second, year).map_err(D::Error::custom)).transpose()
 }
 
 pub(super) fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {

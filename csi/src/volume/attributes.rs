@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use carport_image::Reference;
 use carport_image::pull::PullPolicy;
@@ -12,13 +13,8 @@ use super::Filter;
 use crate::mount::{ImagePath, MountOptions};
 
 /// The attributes that a volume may have, as users write them.
-const KNOWN: [&str; 7] = ["image", "path", "include", "exclude", "pullPolicy", "mode", "noexec"];
-
-/// Words of other programs and of times to come, so that they are not taken for slips.
-const NOT_YET: [(&str, &str); 1] = [(
-    "pin",
-    "not supported; the image stays in the store until somebody removes it by `carport rm`",
-)];
+const KNOWN: [&str; 8] =
+    ["image", "path", "include", "exclude", "pullPolicy", "mode", "noexec", "pin"];
 
 /// What the kubelet adds on its own: the pod's identity and tokens.
 const KUBELET_PREFIX: &str = "csi.storage.k8s.io/";
@@ -130,6 +126,8 @@ pub struct VolumeAttributes {
     pub options: MountOptions,
     /// `pullPolicy`: when the registry is asked. `IfNotPresent` unless said otherwise.
     pub pull_policy: PullPolicy,
+    /// `pin`: for how long the image stays on the node after the volume is gone.
+    pub pin: Option<Duration>,
     /// The pod, when the kubelet says (`podInfoOnMount`).
     pub pod: Option<PodInfo>,
 }
@@ -143,6 +141,7 @@ impl VolumeAttributes {
             filter: None,
             options: MountOptions::default(),
             pull_policy: PullPolicy::default(),
+            pin: None,
             pod: None,
         }
     }
@@ -169,9 +168,7 @@ impl VolumeAttributes {
         let pull_policy = rest.remove("pullPolicy");
         let (include, exclude) = (rest.remove("include"), rest.remove("exclude"));
         let (mode, noexec) = (rest.remove("mode"), rest.remove("noexec"));
-        if let Some((name, why)) = NOT_YET.iter().find(|(name, _)| rest.contains_key(name)) {
-            return Err(invalid(name, why));
-        }
+        let pin = rest.remove("pin");
         if let Some(unknown) = rest.keys().next() {
             return Err(unknown_attribute(unknown));
         }
@@ -216,8 +213,17 @@ impl VolumeAttributes {
                     return Err(invalid("pullPolicy", &why));
                 }
             },
+            pin: pin.map(parse_pin).transpose().map_err(|why| invalid("pin", &why))?,
             pod,
         })
+    }
+}
+
+/// Whole seconds, so that it is written as it was meant.
+fn parse_pin(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if time.as_secs() > 0 => Ok(Duration::from_secs(time.as_secs())),
+        _ => Err(format!("{:?} is no time; write how long, such as 24h", shown(text))),
     }
 }
 
@@ -302,7 +308,7 @@ mod tests {
         assert_eq!(error("imgae"), r#"volume attribute "imgae": unknown; did you mean "image"?"#);
         assert_eq!(
             error("readOnlyRootFilesystem"),
-            r#"volume attribute "readOnlyRootFilesystem": unknown; known are image, path, include, exclude, pullPolicy, mode, noexec"#
+            r#"volume attribute "readOnlyRootFilesystem": unknown; known are image, path, include, exclude, pullPolicy, mode, noexec, pin"#
         );
     }
 
@@ -333,7 +339,10 @@ mod tests {
         assert!(
             error("include", "[").starts_with(r#"volume attribute include: "[" is no pattern"#)
         );
-        assert!(error("pin", "true").starts_with("volume attribute pin: not supported; "));
+        assert_eq!(
+            error("pin", "true"),
+            r#"volume attribute pin: "true" is no time; write how long, such as 24h"#
+        );
         assert_eq!(
             parse(&[("image", "a/b:c"), ("pullPolicy", "Sometimes")]).unwrap_err(),
             r#"volume attribute pullPolicy: "Sometimes" is none of IfNotPresent, Always, Never"#

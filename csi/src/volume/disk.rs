@@ -12,12 +12,12 @@ use std::collections::HashSet;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use std::{fs, io};
 
 use carport_image::Store;
 use carport_image::pull::Pulled;
-use carport_image::store::{RecordKind, Records, StoreError};
+use carport_image::store::{Owner, PinRequest, RecordKind, Records, StoreError};
 
 use super::error::{PublishError, StatsError, UnpublishError};
 use super::record::{VolumeRecord, record_name};
@@ -116,6 +116,7 @@ impl Disk {
             options: asked.options,
             bytes: pulled.image.unpacked_bytes,
             files: pulled.image.files,
+            pin_seconds: asked.pin.map(|time| time.as_secs()),
             pod: asked.pod.clone(),
             published_at: SystemTime::now(),
         };
@@ -193,13 +194,40 @@ impl Disk {
             },
         }
         crash::point("unpublish: the target is gone");
-        // While the record still keeps the image: it must not look idle since the pod began.
         if let Some(record) = &record {
-            self.store.touch(&record.digest);
+            self.let_go(record);
         }
         self.records.remove(&name)?;
         crash::point("unpublish: no record");
         Ok(record)
+    }
+
+    /// What a volume does for its image when it goes, while the record still keeps that.
+    fn let_go(&self, record: &VolumeRecord) {
+        // It must not look idle since the pod began.
+        self.store.touch(&record.digest);
+        let Some(time) = record.pin_seconds.map(Duration::from_secs) else { return };
+        if let Err(error) = self.pin(record, time) {
+            // No reason to hold the pod.
+            tracing::warn!(volume = %record.volume_id, image = %record.image, %error, "cannot pin");
+        }
+    }
+
+    /// One owner a namespace: the replicas of a server come and go under ever new names.
+    fn pin(&self, record: &VolumeRecord, time: Duration) -> Result<(), StoreError> {
+        let owner = match &record.pod {
+            Some(pod) => format!("volumes/{}", pod.namespace),
+            None => "volumes".to_owned(),
+        };
+        let owner: Owner = owner.parse().map_err(|e| StoreError::Corrupt(format!("{e}")))?;
+        let mut expires_at = SystemTime::now().checked_add(time);
+        let mut pins = self.store.pins()?.into_iter();
+        // What another volume asked for is not cut short.
+        if let Some(pin) = pins.find(|pin| pin.image == record.digest && pin.owner == owner) {
+            expires_at = pin.expires_at.and_then(|end| expires_at.map(|own| own.max(end)));
+        }
+        let request = PinRequest { owner, expires_at };
+        self.store.pin(&record.digest, Some(&record.image), &request).map(drop)
     }
 
     /// Whether a target without record may be cleaned: nothing there, or only mounts
@@ -278,6 +306,7 @@ impl Disk {
                     outcome.waiting += 1;
                 }
                 Ok(_) => {
+                    self.let_go(record);
                     self.records.remove(name)?;
                     outcome.dropped += 1;
                 }

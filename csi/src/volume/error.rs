@@ -41,6 +41,9 @@ pub enum PublishError {
         /// What is wrong with it, and what to do.
         why: &'static str,
     },
+    /// It asks for a pin that volumes may not have on this node.
+    #[error("volume attribute pin: {0}")]
+    PinRefused(String),
     /// Neither `include` nor `exclude` leaves a file.
     #[error("volume attributes include and exclude: they leave no file of image {0}")]
     NothingShown(String),

@@ -37,6 +37,9 @@ pub struct VolumeRecord {
     pub bytes: u64,
     /// Number of these files.
     pub files: u64,
+    /// For how long, in seconds, the image is pinned when the volume goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin_seconds: Option<u64>,
     /// The pod, where the kubelet told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<PodInfo>,
@@ -88,7 +91,7 @@ mod tests {
         // As versions without them wrote it.
         let old = text.replace(r#""noexec":true,"#, "");
         let old: VolumeRecord = serde_json::from_str(&old).unwrap();
-        assert_eq!((old.filter, old.view), (None, None));
+        assert_eq!((old.filter, old.view, old.pin_seconds), (None, None, None));
         assert!(!old.options.noexec);
     }
 }

@@ -595,3 +595,36 @@ async fn fifty_pods_share_one_pull() {
     assert_eq!(bench.mounts().len(), 50);
     assert_eq!(registry.layers_asked_for(), 1);
 }
+
+#[tokio::test]
+async fn a_pin_keeps_the_image_for_a_time_after_the_last_volume() {
+    let (bench, image) = Bench::with_image().await;
+    let target = bench.world.target("a");
+    let pinned = |time| [("image", image.as_str()), ("pin", time)];
+    let refused = bench.publish_with("a", &target, &pinned("24h")).await.unwrap_err();
+    assert!(matches!(refused, PublishError::PinRefused(_)), "{refused}");
+    bench.assert_nothing_left(&target);
+
+    let volumes = bench.volumes.clone().with_max_pin(Duration::from_secs(86_400));
+    let bench = Bench { volumes, ..bench };
+    let refused = bench.publish_with("a", &target, &pinned("2days")).await.unwrap_err();
+    assert!(refused.to_string().contains("2days is more than the 1day"), "{refused}");
+
+    let store = bench.world.puller.store();
+    bench.publish_with("a", &target, &pinned("24h")).await.unwrap();
+    assert_eq!(store.pins().unwrap(), [], "the volume keeps it");
+    let before = std::time::SystemTime::now();
+    bench.unpublish("a", &target).await.unwrap();
+    let [pin] = &store.pins().unwrap()[..] else { panic!("one pin") };
+    assert_eq!(pin.owner.as_str(), "volumes");
+    let end = pin.expires_at.unwrap();
+    let left = end.duration_since(before).unwrap();
+    assert!((86_400..86_460).contains(&left.as_secs()), "{left:?}");
+
+    // One that asks for less does not cut it short.
+    bench.publish_with("b", &target, &pinned("1h")).await.unwrap();
+    bench.unpublish("b", &target).await.unwrap();
+    assert_eq!(store.pins().unwrap()[0].expires_at, Some(end));
+    let kept = store.remove(&store.pins().unwrap()[0].image).unwrap_err();
+    assert!(kept.to_string().contains("pinned"), "{kept}");
+}

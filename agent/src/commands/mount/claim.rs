@@ -155,6 +155,7 @@ mod tests {
             options: MountOptions::default(),
             bytes: 1,
             files: 1,
+            pin_seconds: None,
             pod: None,
             published_at: SystemTime::now(),
         }

@@ -233,6 +233,7 @@ fn record(wanted: &Wanted, image: &StoredImage, name: &str) -> anyhow::Result<Vo
         options: MountOptions::default(),
         bytes: image.unpacked_bytes,
         files: image.files,
+        pin_seconds: None,
         pod: None,
         published_at: SystemTime::now(),
     })
