@@ -9,6 +9,12 @@
 //! since its name is the manifest's to give. Artifacts need not say a diff_id: the digest of the
 //! blob then answers for all that comes out of it.
 //!
+//! A part of the blob may be here already, as an object: a [`Plan`] says so, and that object's bytes
+//! are hashed in place of those that are not fetched. The digest over everything is the proof: that
+//! of the blob where the blob is uncompressed, else the diff_id, since of a compressed blob not all
+//! bytes are seen then. What only the diff_id proves is kept under both names
+//! ([`Layer::record_name_as`]).
+//!
 //! Chunks of the blob come in, in order; files land in the layer's [`Ingest`]
 //! folder, and are named only after both digests match. Two threads, because
 //! hashing the blob and unpacking it cost about the same.
@@ -22,8 +28,9 @@
 //! A compressed layer starts again: its decoder's state cannot be saved.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -35,11 +42,13 @@ use crate::manifest::{Compression, Layer};
 use crate::store::{Ingest, LayerRecord, StoreError};
 
 mod file;
+mod plan;
 mod sift;
 pub(crate) mod tar;
 mod unpack;
 
-pub(crate) use file::Buffer;
+pub(crate) use file::{Buffer, FileReader};
+pub(crate) use plan::{Local, Plan, Segment, Told, overlaps};
 pub(crate) use sift::{Sifted, Wanted, sift};
 pub(crate) use tar::clean_path;
 use unpack::{Progress, Unpacker};
@@ -101,6 +110,21 @@ pub(crate) struct Resumed {
     blob_hash: Sha256,
     unpacker: Unpacker,
     offset: u64,
+    plan: Plan,
+}
+
+/// Where a layer's bytes go on, for who plans where they come from.
+#[derive(Clone)]
+pub(crate) struct Outset {
+    /// The layer's ingest folder.
+    pub(crate) folder: PathBuf,
+    /// Bytes of the blob that need not come again.
+    pub(crate) offset: u64,
+    /// As it stands there, of a tar.
+    pub(crate) parser: Option<tar::Parser>,
+    /// The size of the file that has begun there, and whether it is executable, where nothing of it
+    /// has come.
+    pub(crate) begun: Option<(u64, bool)>,
 }
 
 /// `P` is [`Progress`], or a reference to it for writing.
@@ -125,7 +149,8 @@ impl Resumed {
         {
             match Self::pick_up(&ingest, &layer, checkpoint) {
                 Ok((blob_hash, unpacker, offset)) => {
-                    return Ok(Self { ingest, layer, diff_id, blob_hash, unpacker, offset });
+                    let plan = Plan::plain(offset..layer.blob.size);
+                    return Ok(Self { ingest, layer, diff_id, blob_hash, unpacker, offset, plan });
                 }
                 Err(why) => {
                     tracing::warn!(layer = %layer.blob.digest, %why, "starting the layer again");
@@ -140,6 +165,7 @@ impl Resumed {
             blob_hash: Sha256::new(),
             unpacker: Unpacker::new(&layer),
             offset: 0,
+            plan: Plan::plain(0..layer.blob.size),
         })
     }
 
@@ -164,23 +190,40 @@ impl Resumed {
         self.offset
     }
 
-    /// Unpacks the chunks that `next` gives until the blob is whole, verifies and commits it.
+    /// As [`Resumed::offset`], and more.
+    pub(crate) fn outset(&self) -> Outset {
+        let parser = self.unpacker.parser().cloned();
+        let folder = self.ingest.folder().to_owned();
+        Outset { folder, offset: self.offset, parser, begun: self.unpacker.begun() }
+    }
+
+    /// Has the blob put together as `plan` says. A plan with local files for a compressed blob needs a diff_id.
+    pub(crate) fn follow(&mut self, plan: Plan) {
+        self.plan = plan;
+    }
+
+    /// Unpacks the chunks that `next` gives, those of the plan's network segments, until the blob is whole, verifies and commits it.
     ///
     /// Blocks. When `next` ends early, what came is kept for the next pull.
     pub(crate) fn unpack<C: Clone + Send>(
         self,
         mut next: impl FnMut() -> Option<Chunk<C>>,
     ) -> Result<Done, LayerError> {
-        let Self { ingest, layer, diff_id, mut blob_hash, unpacker, offset } = self;
-        let size = layer.blob.size;
+        let Self { ingest, layer, diff_id, mut blob_hash, unpacker, offset, plan } = self;
+        // Else the diff_id is the proof.
+        let sees_blob = layer.compression == Compression::None || plan.locals().next().is_none();
         let (sender, receiver) = mpsc::sync_channel::<Step<C>>(QUEUE);
         let marks = Marks::default();
         let outcome = std::thread::scope(|scope| {
             let (ingest, marks) = (&ingest, &marks);
-            let unpacking =
-                scope.spawn(move || Unpacking::new(ingest, layer, unpacker)?.run(&receiver, marks));
-            let hashed = hash_blob(&mut blob_hash, offset, layer, &mut next, &sender, marks);
-            drop(sender);
+            let told = Arc::clone(&plan.told);
+            let unpacking = scope.spawn(move || {
+                Unpacking::new(ingest, layer, unpacker, told)?.run(&receiver, marks)
+            });
+            let mut front = Front { hash: &mut blob_hash, offset, layer, sender, marks };
+            let fed = front.feed(plan, ingest, &mut next);
+            let hashed = fed.and_then(|()| front.verify(sees_blob));
+            drop(front);
             let unpacked = unpacking.join().unwrap_or_else(|_| {
                 Err(LayerError::Refused("the unpacking thread died".to_owned()))
             });
@@ -219,18 +262,29 @@ impl Resumed {
         }
         let record = LayerRecord {
             digest: layer.blob.digest,
-            size_bytes: size,
+            size_bytes: layer.blob.size,
             diff_id: found,
             entries: unpacked.entries,
         };
-        ingest.commit(layer.record_name(), record, unpacked.staged)?;
+        let name = match sees_blob {
+            true => layer.record_name(),
+            false if diff_id.is_some() => layer.record_name_as(&found),
+            false => {
+                ingest.discard()?;
+                return Err(LayerError::Mismatch("nothing says what it unpacks to".to_owned()));
+            }
+        };
+        ingest.commit(name, record, unpacked.staged)?;
         Ok(Done { written_bytes: unpacked.written_bytes })
     }
 }
 
 /// What goes from the hashing thread to the unpacking thread.
 enum Step<C> {
-    Chunk(Chunk<C>),
+    /// Bytes of the blob, and what is held for them.
+    Bytes(Bytes, Option<C>),
+    /// A stored object in place of the next bytes.
+    Local(Local),
     /// Everything before this is hashed to this state: a place to go on from.
     Mark(String),
     /// The blob is complete and is what its digest names.
@@ -251,59 +305,144 @@ impl Marks {
     }
 }
 
-fn hash_blob<C: Clone>(
-    hash: &mut Sha256,
-    mut offset: u64,
+/// The first thread's part.
+struct Front<'a, C> {
+    /// Over the blob, as far as it is seen.
+    hash: &'a mut Sha256,
+    offset: u64,
     layer: Layer,
-    next: &mut impl FnMut() -> Option<Chunk<C>>,
-    sender: &mpsc::SyncSender<Step<C>>,
-    marks: &Marks,
-) -> Result<(), LayerError> {
-    let size = layer.blob.size;
-    let resumable = layer.compression == Compression::None;
-    // The other thread is gone only with an error of its own. When that was about the bytes, the
-    // digest tells whether they were altered on their way; worth the rest of the blob if that is short.
-    let send = |step, left: u64| match sender.send(step) {
-        Err(_) if left > VERDICT_BYTES => Err(LayerError::Stopped(0)),
-        _ => Ok(()),
-    };
-    while offset < size {
-        let Some(mut chunk) = next() else {
-            if resumable {
-                send(Step::Mark(hex::encode(hash.serialize())), size)?;
+    sender: mpsc::SyncSender<Step<C>>,
+    marks: &'a Marks,
+}
+
+impl<C: Clone> Front<'_, C> {
+    /// Only an uncompressed layer can be gone on with.
+    fn resumable(&self) -> bool {
+        self.layer.compression == Compression::None
+    }
+
+    fn feed(
+        &mut self,
+        plan: Plan,
+        ingest: &Ingest,
+        next: &mut impl FnMut() -> Option<Chunk<C>>,
+    ) -> Result<(), LayerError> {
+        for segment in plan.segments {
+            match segment {
+                Segment::Network(range) => {
+                    while self.offset < range.end {
+                        let Some(chunk) = next() else {
+                            if self.resumable() {
+                                self.mark()?;
+                            }
+                            return Err(LayerError::Stopped(self.offset));
+                        };
+                        if chunk.bytes.len() as u64 > range.end - self.offset {
+                            return Err(LayerError::Mismatch(format!(
+                                "is longer than the {} bytes it should have",
+                                self.layer.blob.size
+                            )));
+                        }
+                        self.bytes(chunk.bytes, Some(chunk._credit))?;
+                    }
+                }
+                Segment::Held(bytes) => self.bytes(bytes, None)?,
+                Segment::Local(local) => {
+                    // Of a compressed blob the other thread has the hash.
+                    if self.resumable() {
+                        let mut hash = self.hash.clone();
+                        if !hash_local(&mut hash, &local, ingest, &plan.told)? {
+                            self.mark()?;
+                            return Err(LayerError::Stopped(self.offset));
+                        }
+                        *self.hash = hash;
+                    }
+                    self.offset = local.range.end;
+                    let large = local.size >= CHECKPOINT_BYTES;
+                    self.send(Step::Local(local))?;
+                    if self.resumable() && large {
+                        self.mark()?;
+                    }
+                }
             }
-            return Err(LayerError::Stopped(offset));
-        };
-        let length = chunk.bytes.len() as u64;
-        if length > size - offset {
+        }
+        Ok(())
+    }
+
+    fn bytes(&mut self, mut bytes: Bytes, credit: Option<C>) -> Result<(), LayerError> {
+        let mark = self.marks.wanted();
+        if self.resumable() && self.offset < mark && mark < self.offset + bytes.len() as u64 {
+            let before = bytes.split_to((mark - self.offset) as usize);
+            self.hash.update(&before);
+            self.offset = mark;
+            self.send(Step::Bytes(before, credit.clone()))?;
+            self.mark()?;
+        }
+        self.hash.update(&bytes);
+        self.offset += bytes.len() as u64;
+        self.send(Step::Bytes(bytes, credit))
+    }
+
+    fn mark(&mut self) -> Result<(), LayerError> {
+        self.send(Step::Mark(hex::encode(self.hash.serialize())))
+    }
+
+    /// The other thread is gone only with an error of its own. When that was about the bytes, the
+    /// digest tells whether they were altered on their way; worth the rest of the blob if that is short.
+    fn send(&self, step: Step<C>) -> Result<(), LayerError> {
+        match self.sender.send(step) {
+            Err(_) if self.layer.blob.size - self.offset > VERDICT_BYTES => {
+                Err(LayerError::Stopped(0))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn verify(&mut self, sees_blob: bool) -> Result<(), LayerError> {
+        let found = Digest::from_sha256(self.hash.clone().finalize().into());
+        if sees_blob && found != self.layer.blob.digest {
             return Err(LayerError::Mismatch(format!(
-                "is longer than the {size} bytes it should have"
+                "its {} bytes hash to {found}: the source altered them",
+                self.layer.blob.size
             )));
         }
-        let mark = marks.wanted();
-        if resumable && offset < mark && mark < offset + length {
-            let bytes = chunk.bytes.split_to((mark - offset) as usize);
-            hash.update(&bytes);
-            offset = mark;
-            send(Step::Chunk(Chunk { bytes, _credit: chunk._credit.clone() }), size - offset)?;
-            send(Step::Mark(hex::encode(hash.serialize())), size - offset)?;
-        }
-        hash.update(&chunk.bytes);
-        offset += chunk.bytes.len() as u64;
-        send(Step::Chunk(chunk), size - offset)?;
+        self.send(Step::Verified)
     }
-    let found = Digest::from_sha256(hash.clone().finalize().into());
-    if found != layer.blob.digest {
-        return Err(LayerError::Mismatch(format!(
-            "its {size} bytes hash to {found}: the source altered them"
-        )));
+}
+
+/// Adds the bytes of a local file to `hash`; false where it was told to stop.
+fn hash_local(
+    hash: &mut Sha256,
+    local: &Local,
+    ingest: &Ingest,
+    told: &Told,
+) -> Result<bool, LayerError> {
+    // As the blob's bytes are counted, of which the file may be a multiple.
+    let unknown = (local.range.end - local.range.start).saturating_sub(local.known);
+    let share =
+        |read: u64| (u128::from(unknown) * u128::from(read) / u128::from(local.size.max(1))) as u64;
+    let (mut read, mut goes_on) = (0, true);
+    let result =
+        FileReader::open(&ingest.folder().join(&local.name), local.size).and_then(|mut file| {
+            file.read(0..local.size, |bytes| {
+                hash.update(bytes);
+                let before = share(read);
+                read += bytes.len() as u64;
+                goes_on = told(share(read) - before);
+                goes_on
+            })
+        });
+    match result {
+        Ok(()) => Ok(goes_on),
+        Err(e) => Err(LayerError::Mismatch(format!("object {} is unreadable: {e}", local.object))),
     }
-    send(Step::Verified, 0)
 }
 
 /// The second thread's part.
 struct Unpacking<'a> {
     ingest: &'a Ingest,
+    compression: Compression,
+    told: Told,
     decoder: Decoder<'a>,
 }
 
@@ -314,23 +453,41 @@ enum Decoder<'a> {
     Zstd(zstd::stream::write::Decoder<'static, Body<'a>>),
 }
 
+impl<'a> Decoder<'a> {
+    fn start(compression: Compression, body: Body<'a>) -> Result<Self, LayerError> {
+        Ok(match compression {
+            Compression::None => Self::None(body),
+            Compression::Gzip => Self::Gzip(Box::new(flate2::write::MultiGzDecoder::new(body))),
+            Compression::Zstd => {
+                let decoder = zstd::stream::write::Decoder::new(body);
+                Self::Zstd(decoder.map_err(|e| LayerError::Refused(format!("zstd: {e}")))?)
+            }
+        })
+    }
+}
+
 /// What comes out of the decoder.
 struct Body<'a> {
     ingest: &'a Ingest,
     unpacker: Unpacker,
     /// Over what comes out; absent where the blob is the same bytes.
     hash: Option<Sha256>,
+    /// Bytes that come out next and were taken from a local file already.
+    again: u64,
     /// `Write` can only fail with an `io::Error`; the reason waits here.
     error: Option<LayerError>,
 }
 
 impl Write for Body<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+    fn write(&mut self, all: &[u8]) -> io::Result<usize> {
+        let known = usize::try_from(self.again).map_or(all.len(), |again| again.min(all.len()));
+        self.again -= known as u64;
+        let bytes = &all[known..];
         if let Some(hash) = &mut self.hash {
             hash.update(bytes);
         }
         match self.unpacker.write(bytes, self.ingest) {
-            Ok(()) => Ok(bytes.len()),
+            Ok(()) => Ok(all.len()),
             Err(e) => {
                 self.error = Some(e);
                 Err(io::Error::other("layer refused"))
@@ -346,19 +503,17 @@ impl Write for Body<'_> {
 type Finished = (unpack::Unpacked, Option<Digest>);
 
 impl<'a> Unpacking<'a> {
-    fn new(ingest: &'a Ingest, layer: Layer, unpacker: Unpacker) -> Result<Self, LayerError> {
-        let compressed = layer.compression != Compression::None;
-        let body = Body { ingest, unpacker, hash: compressed.then(Sha256::new), error: None };
-        let decoder = match layer.compression {
-            Compression::None => Decoder::None(body),
-            Compression::Gzip => Decoder::Gzip(Box::new(flate2::write::MultiGzDecoder::new(body))),
-            Compression::Zstd => {
-                let decoder = zstd::stream::write::Decoder::new(body)
-                    .map_err(|e| LayerError::Refused(format!("zstd: {e}")))?;
-                Decoder::Zstd(decoder)
-            }
-        };
-        Ok(Self { ingest, decoder })
+    fn new(
+        ingest: &'a Ingest,
+        layer: Layer,
+        unpacker: Unpacker,
+        told: Told,
+    ) -> Result<Self, LayerError> {
+        let Layer { compression, .. } = layer;
+        let hash = (compression != Compression::None).then(Sha256::new);
+        let body = Body { ingest, unpacker, hash, again: 0, error: None };
+        let decoder = Decoder::start(compression, body)?;
+        Ok(Self { ingest, compression, told, decoder })
     }
 
     fn run<C>(
@@ -369,11 +524,11 @@ impl<'a> Unpacking<'a> {
         let mut saved = self.offset();
         for step in steps {
             match step {
-                Step::Chunk(chunk) => {
+                Step::Bytes(bytes, _credit) => {
                     let written = match &mut self.decoder {
-                        Decoder::None(body) => body.write_all(&chunk.bytes),
-                        Decoder::Gzip(decoder) => decoder.write_all(&chunk.bytes),
-                        Decoder::Zstd(decoder) => decoder.write_all(&chunk.bytes),
+                        Decoder::None(body) => body.write_all(&bytes),
+                        Decoder::Gzip(decoder) => decoder.write_all(&bytes),
+                        Decoder::Zstd(decoder) => decoder.write_all(&bytes),
                     };
                     written.map_err(|e| self.reason(&e))?;
                     if let Decoder::None(Body { unpacker, .. }) = &self.decoder
@@ -383,6 +538,7 @@ impl<'a> Unpacking<'a> {
                         marks.want(unpacker.settles_at(soon.max(saved + CHECKPOINT_BYTES)));
                     }
                 }
+                Step::Local(local) => self = self.local(&local)?,
                 Step::Mark(sha256) => {
                     self.save(sha256)?;
                     saved = self.offset();
@@ -410,23 +566,47 @@ impl<'a> Unpacking<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Finished, LayerError> {
+    /// Takes a local file. The blob's bytes behind it begin with a frame or member of their own.
+    fn local(self, local: &Local) -> Result<Self, LayerError> {
+        let Self { ingest, compression, ref told, .. } = self;
+        let told = Arc::clone(told);
+        let mut body = self.end()?;
+        if body.again > 0 {
+            return Err(LayerError::Mismatch("its table of contents is wrong".to_owned()));
+        }
+        if let Some(hash) = &mut body.hash
+            && !hash_local(hash, local, ingest, &told)?
+        {
+            return Err(LayerError::Stopped(0));
+        }
+        body.unpacker.local(local)?;
+        body.again = local.again;
+        let decoder = Decoder::start(compression, body)?;
+        Ok(Self { ingest, compression, told, decoder })
+    }
+
+    fn finish(self) -> Result<Finished, LayerError> {
+        let ingest = self.ingest;
+        let body = self.end()?;
+        let diff_id = body.hash.map(|hash| Digest::from_sha256(hash.finalize().into()));
+        Ok((body.unpacker.finish(ingest)?, diff_id))
+    }
+
+    /// Ends the decoder, which must have come to a whole number of frames or members.
+    fn end(mut self) -> Result<Body<'a>, LayerError> {
         let flushed = match &mut self.decoder {
             Decoder::None(_) => Ok(()),
             Decoder::Gzip(decoder) => decoder.try_finish(),
             Decoder::Zstd(decoder) => decoder.flush(),
         };
         flushed.map_err(|e| self.reason(&e))?;
-        let ingest = self.ingest;
-        let body = match self.decoder {
-            Decoder::None(body) => body,
+        match self.decoder {
+            Decoder::None(body) => Ok(body),
             Decoder::Gzip(decoder) => {
-                decoder.finish().map_err(|e| LayerError::Refused(format!("gzip: {e}")))?
+                decoder.finish().map_err(|e| LayerError::Refused(format!("gzip: {e}")))
             }
-            Decoder::Zstd(decoder) => decoder.into_inner(),
-        };
-        let diff_id = body.hash.map(|hash| Digest::from_sha256(hash.finalize().into()));
-        Ok((body.unpacker.finish(ingest)?, diff_id))
+            Decoder::Zstd(decoder) => Ok(decoder.into_inner()),
+        }
     }
 
     fn reason(&mut self, error: &io::Error) -> LayerError {

@@ -146,6 +146,12 @@ impl Layer {
             (Content::File, Compression::Zstd) => format!("{hex}.file-zstd"),
         }
     }
+
+    /// As [`Layer::record_name`], where not all of the blob was seen and `diff_id` is what its
+    /// content was proved by: good for images that say the same diff_id, and for no others.
+    pub(crate) fn record_name_as(&self, diff_id: &Digest) -> String {
+        format!("{}.as-{}", self.record_name(), diff_id.hex())
+    }
 }
 
 /// What a layer is, under its compression.
@@ -168,6 +174,13 @@ pub struct PlacedLayer {
     pub place: Place,
     /// SHA-256 of the uncompressed content, where the image says one.
     pub diff_id: Option<Digest>,
+}
+
+impl PlacedLayer {
+    /// The layer and what the image says that it unpacks to: two images may disagree on that.
+    pub(crate) fn key(&self) -> (Layer, Option<Digest>) {
+        (self.layer, self.diff_id)
+    }
 }
 
 /// Where in the tree a layer's files go. Paths are relative and clean.

@@ -4,7 +4,7 @@
 //! PullRequest ─► resolve ─► manifest ─► config ─► layers, each in single flight ─► tree ─► reference
 //!      └─ joins the pull of                        │
 //!         the same image in flight                 ├─ here already: nothing to do
-//!                                                  └─ fetch ─► verify, unpack ─► commit
+//!                                                  └─ skip what is here ─► fetch ─► verify, unpack ─► commit
 //! ```
 //!
 //! # What always holds
@@ -17,7 +17,7 @@
 //!
 //! Where bytes come from is [`crate::source`]; what a layer becomes, `layer`.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -30,7 +30,7 @@ use crate::manifest::ManifestError;
 pub use crate::manifest::Platform;
 use crate::reference::Reference;
 use crate::source::{PullSecret, SourceError, Sources};
-use crate::store::{PinRequest, Store, StoreError, StoredImage};
+use crate::store::{PinRequest, Sizes, Store, StoreError, StoredImage};
 
 mod access;
 mod board;
@@ -41,6 +41,7 @@ mod meter;
 mod pace;
 mod plan;
 mod run;
+mod skip;
 mod slots;
 mod verify;
 
@@ -273,6 +274,8 @@ struct Inner {
     images: Flights<ImageKey, Result<Pulled, PullError>, Arc<Entry>>,
     layers: layers::LayerFlights,
     slots: Arc<Slots>,
+    /// What the store has by size; held on blocking threads only.
+    sizes: Arc<Mutex<Sizes>>,
     board: Board,
     /// One grant is noted at a time: each adds to what the record says.
     grants: tokio::sync::Mutex<()>,
@@ -306,6 +309,7 @@ impl Puller {
                 images: Flights::default(),
                 layers: Flights::default(),
                 slots: Arc::new(Slots::new(options.concurrent_layers)),
+                sizes: Arc::default(),
                 board: Board::default(),
                 grants: tokio::sync::Mutex::default(),
                 tasks: TaskTracker::new(),

@@ -7,7 +7,8 @@
 //!   admission                     flock: whoever counts the room and makes some
 //!   objects/ab/<blake3>[.x]       a file's content: 0444 (0555 with .x), never changed once named
 //!   layers/<sha256>.json          what a layer unpacked to; <sha256>.file.json where it was read as
-//!                                 one raw file, .file-gzip and .file-zstd where that was compressed
+//!                                 one raw file, .file-gzip and .file-zstd where that was compressed;
+//!                                 .as-<diff_id> where only the diff_id proved it
 //!   trees/<sha256>/rootfs/        hard links to objects: what a pod sees
 //!                  tree.json      sizes and layers; manifest.json, config.json as they travelled
 //!                  used           its time is the image's last use
@@ -72,6 +73,7 @@ mod rates;
 mod record;
 mod repair;
 mod reservations;
+mod sizes;
 mod told;
 mod trees;
 mod verify;
@@ -91,6 +93,7 @@ pub use pins::{InvalidOwner, Owner, Pin, PinRequest};
 pub use record::Records;
 pub(crate) use repair::Repair;
 pub use reservations::Reservation;
+pub(crate) use sizes::{BySize, Candidate, MIN_FILE_BYTES, Sizes};
 pub(crate) use trees::{EPOCH, NewTree, object_mode};
 pub(crate) use verify::{Checker, Fault, Part, TreeFault};
 pub use verify::{VerifyControl, VerifyProgress};
@@ -375,6 +378,22 @@ impl Store {
     /// What `layer` unpacked to, when all of it is still here.
     pub(crate) fn layer(&self, layer: &Layer) -> Result<Option<LayerRecord>, StoreError> {
         let record: Option<LayerRecord> = self.layer_records().get_sound(&layer.record_name())?;
+        Ok(record.filter(|record| record.objects().all(|(id, size)| self.has_object(&id, size))))
+    }
+
+    /// As [`Store::layer`], for an image that says what the layer unpacks to: also what only that
+    /// proved.
+    pub(crate) fn layer_as(
+        &self,
+        layer: &Layer,
+        diff_id: Option<&Digest>,
+    ) -> Result<Option<LayerRecord>, StoreError> {
+        if let Some(record) = self.layer(layer)? {
+            return Ok(Some(record));
+        }
+        let Some(diff_id) = diff_id else { return Ok(None) };
+        let name = layer.record_name_as(diff_id);
+        let record: Option<LayerRecord> = self.layer_records().get_sound(&name)?;
         Ok(record.filter(|record| record.objects().all(|(id, size)| self.has_object(&id, size))))
     }
 

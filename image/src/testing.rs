@@ -102,13 +102,17 @@ impl Layout {
     }
 
     pub(crate) fn layer(&self, tar: &[u8], compression: Compression) -> TestLayer {
-        let blob = compress(tar, compression);
         let suffix = match compression {
             Compression::None => "",
             Compression::Gzip => "+gzip",
             Compression::Zstd => "+zstd",
         };
-        let digest = self.blob(&blob);
+        self.packed(tar, &compress(tar, compression), suffix)
+    }
+
+    /// A layer whose blob is said to unpack to `tar`.
+    pub(crate) fn packed(&self, tar: &[u8], blob: &[u8], suffix: &str) -> TestLayer {
+        let digest = self.blob(blob);
         let descriptor = json!({
             "mediaType": format!("application/vnd.oci.image.layer.v1.tar{suffix}"),
             "digest": digest, "size": blob.len(),

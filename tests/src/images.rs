@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use carport_image::Digest;
-use serde_json::json;
+use serde_json::{Value, json};
 use tar::{EntryType, Header};
 
+use crate::layouts::Layout;
 use crate::scripted::{Answer, Gate, Request, Scripted};
 
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -95,6 +96,28 @@ impl Image {
         }
     }
 
+    /// The image or artifact that an OCI layout has under this digest.
+    ///
+    /// # Panics
+    ///
+    /// When the layout lacks something of it.
+    pub fn of_layout(layout: &Layout, digest: &Digest) -> Self {
+        let read = |digest: &Digest| {
+            let path = layout.path().join("blobs/sha256").join(digest.hex());
+            Bytes::from(std::fs::read(path).expect("a blob"))
+        };
+        let manifest = read(digest);
+        let json: Value = serde_json::from_slice(&manifest).expect("a manifest");
+        let digest_of = |descriptor: &Value| -> Digest {
+            descriptor["digest"].as_str().and_then(|d| d.parse().ok()).expect("a digest")
+        };
+        let layers: Vec<_> =
+            json["layers"].as_array().expect("layers").iter().map(digest_of).collect();
+        let blobs = layers.iter().copied().chain([digest_of(&json["config"])]);
+        let blobs = blobs.map(|digest| (digest, read(&digest))).collect();
+        Self { manifest, blobs: Arc::new(blobs), layers }
+    }
+
     /// The manifest's digest.
     pub fn digest(&self) -> Digest {
         Digest::of(&self.manifest)
@@ -103,6 +126,12 @@ impl Image {
     /// The bytes of all layers as they travel.
     pub fn layer_bytes(&self) -> u64 {
         self.layers.iter().map(|digest| self.blobs[digest].len() as u64).sum()
+    }
+
+    /// Whether a request for `target` is for its manifest, by digest, or for a blob of it.
+    pub fn has(&self, target: &str) -> bool {
+        let digests = self.blobs.keys().copied().chain([self.digest()]);
+        digests.map(|digest| digest.to_string()).any(|digest| target.contains(&digest))
     }
 
     /// What a registry answers that has this image, under every name and tag.

@@ -47,11 +47,26 @@ impl Layer {
     ///
     /// When python3 or zstd cannot make it; ask [`tools`] first.
     pub fn made(media_type: &str, kind: &str, files: &[(&str, &[u8])]) -> Self {
+        Self::made_in_chunks(media_type, kind, 64 * 1024, files)
+    }
+
+    /// As [`Layer::made`], with chunks of so many bytes where the kind has chunks.
+    ///
+    /// # Panics
+    ///
+    /// As [`Layer::made`].
+    pub fn made_in_chunks(
+        media_type: &str,
+        kind: &str,
+        chunk: usize,
+        files: &[(&str, &[u8])],
+    ) -> Self {
         let out = tempfile::NamedTempFile::new().expect("a temporary file");
         let base64 = base64::engine::general_purpose::STANDARD;
         let files: Vec<_> =
             files.iter().map(|(name, content)| json!([name, base64.encode(content)])).collect();
-        let spec = json!({"kind": kind, "out": out.path(), "files": files}).to_string();
+        let spec =
+            json!({"kind": kind, "out": out.path(), "chunk": chunk, "files": files}).to_string();
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/layers.py");
         let mut python = Command::new("python3")
             .arg(script)

@@ -177,6 +177,55 @@ impl FileWriter {
     }
 }
 
+/// Reads a stored file past the page cache: neither do its bytes push out those of a running model,
+/// nor are pages dropped that one uses.
+pub(crate) struct FileReader {
+    file: File,
+    size: u64,
+    buffer: Buffer,
+}
+
+impl FileReader {
+    /// # Errors
+    ///
+    /// Also where the file has not `size` bytes.
+    pub(crate) fn open(path: &Path, size: u64) -> io::Result<Self> {
+        let (file, _) = open(File::options().read(true), path, size)?;
+        if file.metadata()?.len() != size {
+            return Err(io::Error::other(format!("{} has another length", path.display())));
+        }
+        Ok(Self { file, size, buffer: Buffer::new() })
+    }
+
+    /// Hands the bytes of `range` to `take`, in order, until it answers false.
+    pub(crate) fn read(
+        &mut self,
+        range: std::ops::Range<u64>,
+        mut take: impl FnMut(&[u8]) -> bool,
+    ) -> io::Result<()> {
+        let end = range.end.min(self.size);
+        let mut at = range.start;
+        while at < end {
+            // Whole blocks, whatever is wanted of them.
+            let from = at - at % ALIGNMENT as u64;
+            let length = (end - from).next_multiple_of(ALIGNMENT as u64).min(BUFFER_BYTES as u64);
+            let start = self.buffer.start;
+            let memory = &mut self.buffer.memory[start..start + length as usize];
+            let count =
+                rustix::io::retry_on_intr(|| rustix::io::pread(&self.file, &mut *memory, from))?;
+            let wanted = (at - from) as usize..count.min((end - from) as usize);
+            if wanted.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            at += wanted.len() as u64;
+            if !take(&memory[wanted]) {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
 fn open(options: &mut std::fs::OpenOptions, path: &Path, size: u64) -> io::Result<(File, bool)> {
     if size >= DIRECT_FROM_BYTES {
         options.custom_flags(OFlags::DIRECT.bits().cast_signed());

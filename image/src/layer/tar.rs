@@ -161,6 +161,22 @@ impl Parser {
         self.state = State::Header { have: Vec::new() };
     }
 
+    /// Goes behind the content of the file that began last, which came another way; its padding is
+    /// still to be given. False where that file has not `size` bytes to come.
+    pub(crate) fn pass_content(&mut self, size: u64) -> bool {
+        match self.state {
+            State::Data { left, padding } if left == size => {
+                self.offset = self.offset.saturating_add(left);
+                self.state = match padding {
+                    0 => State::Header { have: Vec::new() },
+                    left => State::Padding { left },
+                };
+                true
+            }
+            _ => false,
+        }
+    }
+
     /// Consumes a part of `input`; returns how much, and what it means.
     ///
     /// Call again with the rest until it answers [`Event::More`].

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::LayerError;
 use super::file::{BUFFER_BYTES, Buffer, FileWriter};
+use super::plan::Local;
 use super::tar::{Event, Member, MemberKind, Parser};
 use crate::digest::ObjectId;
 use crate::manifest::{Compression, Content, Layer};
@@ -113,7 +114,9 @@ impl Unpacker {
             }
         }
         let mut unpacker = Self::with(progress);
+        // A file of which nothing came yet is made when its first bytes come.
         if let Some(open) = &unpacker.progress.open
+            && open.synced > 0
             && let MemberKind::File { size, executable } = open.member.kind
         {
             let path = ingest.folder().join(unpacker.next_name());
@@ -129,6 +132,24 @@ impl Unpacker {
         match &self.progress.reader {
             Reader::Tar(parser) => parser.offset(),
             Reader::File { taken, .. } => *taken,
+        }
+    }
+
+    /// The tar's reader, where it is one.
+    pub(super) fn parser(&self) -> Option<&Parser> {
+        match &self.progress.reader {
+            Reader::Tar(parser) => Some(parser),
+            Reader::File { .. } => None,
+        }
+    }
+
+    /// Size and mode of the open file, where nothing of it has come yet.
+    pub(super) fn begun(&self) -> Option<(u64, bool)> {
+        match self.progress.open.as_ref()?.member.kind {
+            MemberKind::File { size, executable } if self.data_left() == size => {
+                Some((size, executable))
+            }
+            _ => None,
         }
     }
 
@@ -160,8 +181,8 @@ impl Unpacker {
                     input = &input[used..];
                     match event {
                         Event::More => return Ok(()),
-                        Event::Member(member) => self.begin(member, ingest)?,
-                        Event::Data(bytes) => self.data(bytes)?,
+                        Event::Member(member) => self.begin(member)?,
+                        Event::Data(bytes) => self.data(bytes, ingest)?,
                         Event::End => self.end()?,
                     }
                 }
@@ -172,19 +193,59 @@ impl Unpacker {
                     let size = size.unwrap_or(0);
                     *taken += input.len() as u64;
                     if self.progress.open.is_none() {
-                        self.open(String::new(), size, false, 0, ingest)?;
+                        self.open(String::new(), size, false, 0);
                     }
-                    return self.data(input);
+                    return self.data(input, ingest);
                 }
             }
         }
     }
 
-    fn data(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
-        // What no writer waits for is the content of a marker.
+    fn data(&mut self, bytes: &[u8], ingest: &Ingest) -> Result<(), LayerError> {
+        // What no file waits for is the content of a marker.
+        let Some(OpenFile { member, .. }) = &self.progress.open else { return Ok(()) };
+        if self.writer.is_none()
+            && let MemberKind::File { size, executable } = member.kind
+        {
+            let path = ingest.folder().join(self.next_name());
+            let writer = FileWriter::create(&path, size, executable);
+            self.writer = Some(writer.map_err(|e| self.disk(e))?);
+        }
         let Some(writer) = &mut self.writer else { return Ok(()) };
         self.progress.written_bytes += bytes.len() as u64;
         writer.write(bytes, &mut self.buffer).map_err(|e| self.disk(e))
+    }
+
+    /// Takes a stored object for the whole content of the file that has just begun. What was hashed
+    /// in its place is the caller's to know.
+    ///
+    /// # Errors
+    ///
+    /// [`LayerError::Mismatch`] where no such file has begun: the plan was wrong.
+    pub(super) fn local(&mut self, local: &Local) -> Result<(), LayerError> {
+        let wrong = || LayerError::Mismatch(format!("no file like object {} there", local.object));
+        match &mut self.progress.reader {
+            Reader::Tar(parser) => {
+                if !parser.pass_content(local.size) {
+                    return Err(wrong());
+                }
+            }
+            Reader::File { size, taken } => {
+                if *taken > 0 || *size != Some(local.size) {
+                    return Err(wrong());
+                }
+                *taken = local.size;
+                self.open(String::new(), local.size, false, 0);
+            }
+        }
+        let executable = local.object.executable();
+        let kind = MemberKind::File { size: local.size, executable };
+        match &self.progress.open {
+            Some(open) if open.member.kind == kind && self.writer.is_none() => {}
+            _ => return Err(wrong()),
+        }
+        self.complete(local.name.clone(), local.object);
+        Ok(())
     }
 
     /// Puts everything on the disk and tells how to go on from here.
@@ -224,7 +285,7 @@ impl Unpacker {
         Ok(Unpacked { entries, staged, written_bytes })
     }
 
-    fn begin(&mut self, member: Member, ingest: &Ingest) -> Result<(), LayerError> {
+    fn begin(&mut self, member: Member) -> Result<(), LayerError> {
         if self.progress.entries.len() >= MAX_ENTRIES {
             return Err(LayerError::Refused(format!("more than {MAX_ENTRIES} entries")));
         }
@@ -256,7 +317,8 @@ impl Unpacker {
                 MemberKind::File { size, executable } => {
                     // Its header has just been read.
                     let offset = self.offset();
-                    return self.open(path, size, executable, offset, ingest);
+                    self.open(path, size, executable, offset);
+                    return Ok(());
                 }
             }
         };
@@ -264,21 +326,11 @@ impl Unpacker {
         Ok(())
     }
 
-    /// Opens the file that the next bytes go to.
-    fn open(
-        &mut self,
-        path: String,
-        size: u64,
-        executable: bool,
-        offset: u64,
-        ingest: &Ingest,
-    ) -> Result<(), LayerError> {
-        let file = ingest.folder().join(self.next_name());
+    /// Notes the file that the next bytes go to. It is made when they come: they may also be here
+    /// already.
+    fn open(&mut self, path: String, size: u64, executable: bool, offset: u64) {
         let member = Member { path, kind: MemberKind::File { size, executable } };
         self.progress.open = Some(OpenFile { member, synced: 0, offset: Some(offset) });
-        let writer = FileWriter::create(&file, size, executable);
-        self.writer = Some(writer.map_err(|e| self.disk(e))?);
-        Ok(())
     }
 
     fn end(&mut self) -> Result<(), LayerError> {
@@ -287,6 +339,12 @@ impl Unpacker {
         let durable = self.progress.staged.len() < SYNC_EACH;
         let name = self.next_name();
         let object = writer.finish(&mut self.buffer, durable).map_err(|e| self.disk(e))?;
+        self.complete(name, object);
+        Ok(())
+    }
+
+    /// Enters the open file, whose content is in the ingest folder under `name`.
+    fn complete(&mut self, name: String, object: ObjectId) {
         if let Some(OpenFile { member, offset, .. }) = self.progress.open.take()
             && let MemberKind::File { size, .. } = member.kind
         {
@@ -294,7 +352,6 @@ impl Unpacker {
             self.progress.entries.push(LayerEntry::File { path, size, object, offset });
             self.progress.staged.push(Staged { name, object, size });
         }
-        Ok(())
     }
 
     /// Files are numbered in the order of the tar; a name of the image never reaches the disk here.

@@ -125,7 +125,7 @@ impl Entry {
         let (mut done_bytes, mut fetched_bytes) = (stage.present_bytes, 0);
         let mut bytes_per_second = 0.0;
         for reading in stage.layers.iter().map(|layer| layer.meter.read(now)) {
-            done_bytes += reading.fetched_bytes + reading.skipped_bytes;
+            done_bytes += reading.done_bytes;
             fetched_bytes += reading.fetched_bytes;
             bytes_per_second += reading.bytes_per_second;
         }
@@ -134,7 +134,8 @@ impl Entry {
             digest: stage.digest,
             state: stage.state.clone(),
             priority: self.urgency.get(),
-            done_bytes,
+            // A source that stops to serve ranges sends more than is wanted.
+            done_bytes: done_bytes.min(stage.total_bytes),
             fetched_bytes,
             total_bytes: stage.total_bytes,
             started_at: self.started_at,

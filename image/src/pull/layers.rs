@@ -1,5 +1,6 @@
-//! One layer: waited for in turn, fetched, unpacked.
+//! One layer: waited for in turn, planned, fetched, unpacked.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,10 +9,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::flight::{Flight, Flights};
 use super::meter::Meter;
+use super::skip::Subject;
 use super::slots::Urgency;
 use super::{Inner, PullError};
 use crate::digest::Digest;
-use crate::layer::{LayerError, Resumed};
+use crate::layer::{LayerError, Plan, Resumed};
 use crate::manifest::Layer;
 use crate::source::Source;
 
@@ -58,31 +60,44 @@ impl Inner {
             let (inner, source, shown) = (Arc::clone(self), Arc::clone(source), state.clone());
             let work = async move {
                 let _tracked = inner.tasks.token();
+                let mut skip = true;
                 loop {
-                    let done =
-                        inner.bring_layer(&source, layer, diff_id, shown.clone(), &stop).await;
+                    let bringing =
+                        inner.bring_layer(&source, layer, diff_id, &shown, &mut skip, &stop);
+                    let done = bringing.await;
                     match &done {
+                        Err(error @ (PullError::Mismatch(_) | PullError::Unpack(_))) if skip => {
+                            tracing::warn!(
+                                layer = %layer.blob.digest, %error,
+                                "what is here is something else: fetching the layer whole"
+                            );
+                            skip = false;
+                        }
                         // A mirror that lied is not asked again.
                         Err(error @ PullError::Mismatch(_)) if source.distrust() => {
                             tracing::warn!(layer = %layer.blob.digest, %error, "asking elsewhere");
                         }
                         _ => return done,
                     }
+                    shown.meter.begin_again();
                 }
             };
             (state, work)
         })
     }
 
+    /// `skip`: whether what is here may be used; afterwards, whether it was.
     async fn bring_layer(
         &self,
         source: &Arc<dyn Source>,
         layer: Layer,
         diff_id: Option<Digest>,
-        state: LayerState,
+        state: &LayerState,
+        skip: &mut bool,
         stop: &CancellationToken,
     ) -> Result<LayerDone, PullError> {
         let digest = layer.blob.digest;
+        let may_skip = std::mem::take(skip);
         let stopped =
             || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
 
@@ -102,14 +117,14 @@ impl Inner {
         };
         // Somebody may have finished it while this one waited for its turn.
         let present = self.disk(move |store| {
-            let there = store.layer(&layer)?.is_some();
+            let there = store.layer_as(&layer, diff_id.as_ref())?.is_some();
             if there {
                 ingest.discard()?;
                 return Ok(None);
             }
             Resumed::open(ingest, layer, diff_id).map(Some)
         });
-        let Some(resumed) = present.await? else {
+        let Some(mut resumed) = present.await? else {
             state.meter.skip(layer.blob.size);
             return Ok(LayerDone::default());
         };
@@ -119,11 +134,22 @@ impl Inner {
             tracing::info!(layer = %digest, offset, "going on with a layer");
         }
         state.meter.skip(offset);
+        let outset = resumed.outset();
+        let plan = if may_skip {
+            let (source, state) = (Arc::clone(source), state.clone());
+            self.plan(Subject { source, layer, diff_id, outset, state }, stop).await
+        } else {
+            Plan::plain(offset..layer.blob.size)
+        };
+        let ranges = plan.network();
+        let objects: HashSet<_> = plan.locals().map(|local| local.object).collect();
+        *skip = !objects.is_empty();
+        resumed.follow(plan);
         let (sender, mut chunks) = mpsc::channel(QUEUE);
         let unpacking =
             self.tasks.spawn_blocking(move || resumed.unpack(|| chunks.blocking_recv()));
-        let ranges = std::iter::once(offset..layer.blob.size).collect();
-        let fetching = self.fetcher.fetch(Arc::clone(source), layer.blob, ranges, state, sender);
+        let source = Arc::clone(source);
+        let fetching = self.fetcher.fetch(source, layer.blob, ranges, state.clone(), sender);
         let fetched = tokio::select! {
             () = stop.cancelled() => Err(stopped()),
             fetched = fetching => fetched,
@@ -131,9 +157,12 @@ impl Inner {
         // The queue is closed now, so the thread ends by itself.
         let unpacked = unpacking.await;
         let name = |why: String| format!("layer {digest}: {why}");
+        if matches!(&unpacked, Ok(Err(LayerError::Mismatch(_) | LayerError::Refused(_)))) {
+            self.suspect(objects).await;
+        }
         match (unpacked, fetched) {
             (Ok(Ok(done)), _) => Ok(LayerDone {
-                fetched_bytes: layer.blob.size - offset,
+                fetched_bytes: state.meter.read(Instant::now()).fetched_bytes,
                 written_bytes: done.written_bytes,
             }),
             (Ok(Err(LayerError::Stopped(_))), Err(why)) => Err(why),

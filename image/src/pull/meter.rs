@@ -18,6 +18,8 @@ struct State {
     last: Instant,
     fetched_bytes: u64,
     skipped_bytes: u64,
+    /// Of what was fetched, bytes that came for nothing.
+    lost_bytes: u64,
     rate: f64,
 }
 
@@ -25,15 +27,22 @@ struct State {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Reading {
     pub(super) fetched_bytes: u64,
-    /// Bytes that did not have to be fetched.
-    pub(super) skipped_bytes: u64,
+    /// Bytes that arrived and count, and those that did not have to be fetched.
+    pub(super) done_bytes: u64,
     /// Of what was fetched.
     pub(super) bytes_per_second: f64,
 }
 
 impl Meter {
     pub(super) fn new(now: Instant) -> Self {
-        let state = State { start: now, last: now, fetched_bytes: 0, skipped_bytes: 0, rate: 0.0 };
+        let state = State {
+            start: now,
+            last: now,
+            fetched_bytes: 0,
+            skipped_bytes: 0,
+            lost_bytes: 0,
+            rate: 0.0,
+        };
         Self { state: Mutex::new(state) }
     }
 
@@ -50,6 +59,13 @@ impl Meter {
         self.lock().skipped_bytes += bytes;
     }
 
+    /// Everything begins again: what came so far was fetched, and is not done.
+    pub(super) fn begin_again(&self) {
+        let mut state = self.lock();
+        state.lost_bytes = state.fetched_bytes;
+        state.skipped_bytes = 0;
+    }
+
     /// What it shows at `now`.
     pub(super) fn read(&self, now: Instant) -> Reading {
         let mut state = self.lock();
@@ -59,7 +75,7 @@ impl Meter {
         let weight = 1.0 - (-age / TAU.as_secs_f64()).exp();
         Reading {
             fetched_bytes: state.fetched_bytes,
-            skipped_bytes: state.skipped_bytes,
+            done_bytes: state.fetched_bytes - state.lost_bytes + state.skipped_bytes,
             bytes_per_second: state.rate / weight,
         }
     }
@@ -108,7 +124,20 @@ mod tests {
         let meter = Meter::new(start);
         meter.skip(1 << 30);
         let reading = meter.read(start + Duration::from_secs(1));
-        let expected = Reading { fetched_bytes: 0, skipped_bytes: 1 << 30, bytes_per_second: 0.0 };
+        let expected = Reading { fetched_bytes: 0, done_bytes: 1 << 30, bytes_per_second: 0.0 };
         assert_eq!(reading, expected);
+    }
+
+    #[test]
+    fn what_comes_for_nothing_was_fetched_and_is_not_done() {
+        let start = Instant::now();
+        let meter = Meter::new(start);
+        meter.add(100, start);
+        meter.skip(1000);
+        meter.begin_again();
+        meter.add(30, start);
+        meter.skip(7);
+        let Reading { fetched_bytes, done_bytes, .. } = meter.read(start);
+        assert_eq!((fetched_bytes, done_bytes), (130, 37));
     }
 }

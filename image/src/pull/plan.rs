@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{Inner, PullError, PullPolicy, PullRequest, Puller};
 use crate::digest::Digest;
-use crate::manifest::{Compression, Layer};
+use crate::manifest::{Compression, Layer, PlacedLayer};
 use crate::reference::Reference;
 use crate::store::{EvictedImage, Room, Wanted};
 
@@ -56,7 +56,7 @@ struct Found {
     digest: Digest,
     download_bytes: u64,
     /// Absent: the image is here.
-    layers: Option<BTreeSet<Layer>>,
+    layers: Option<BTreeSet<(Layer, Option<Digest>)>>,
 }
 
 impl Puller {
@@ -109,7 +109,7 @@ impl Inner {
         }
         let config = self.config(&*source, image.config).await?;
         let layers = image.layers_with(&config)?;
-        let layers = Some(layers.iter().map(|placed| placed.layer).collect());
+        let layers = Some(layers.iter().map(PlacedLayer::key).collect());
         Ok(Found { digest, download_bytes, layers })
     }
 }
@@ -129,10 +129,10 @@ fn weigh(
         wanted.images.insert(digest);
         let present = layers.is_none();
         let layers = layers.unwrap_or_default();
-        wanted.layers.extend(layers.iter().map(|layer| layer.blob.digest));
+        wanted.layers.extend(layers.iter().map(|(layer, _)| layer.blob.digest));
         let mut own = store.missing(&layers)?;
         own.retain(|name, _| !missing.contains_key(name));
-        at_least |= layers.iter().any(|layer| {
+        at_least |= layers.iter().any(|(layer, _)| {
             layer.compression != Compression::None && own.contains_key(&layer.record_name())
         });
         let missing_bytes = store.to_write(&own)?;

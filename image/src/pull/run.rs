@@ -13,7 +13,7 @@ use super::fetch::retry;
 use super::layers::{LayerDone, LayerFlight};
 use super::{Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
 use crate::digest::Digest;
-use crate::manifest::{Blob, ImageManifest, Layer, Manifest, PlacedLayer};
+use crate::manifest::{Blob, ImageManifest, Manifest, PlacedLayer};
 use crate::source::{Audience, ManifestName, RawManifest, Source, SourceError};
 use crate::store::{Lease, NewTree, RefRecord, Store, StoreError, StoredLayer};
 use crate::tree::Tree;
@@ -256,7 +256,7 @@ impl Inner {
         let layers = image.layers_with(&config)?;
 
         // Nothing that is gathered from here on is collected before the tree stands.
-        let distinct: BTreeSet<Layer> = layers.iter().map(|placed| placed.layer).collect();
+        let distinct = layers.iter().map(PlacedLayer::key).collect();
         let (digest, reference) = (image.digest, request.reference.clone());
         let asked = reference.clone();
         let lease = self.disk(move |store| store.admit(&digest, &asked, &distinct)).await?;
@@ -294,13 +294,13 @@ impl Inner {
         layers: &[PlacedLayer],
         entry: &Entry,
     ) -> Result<LayerDone, PullError> {
-        let distinct: BTreeSet<Layer> = layers.iter().map(|placed| placed.layer).collect();
+        let distinct: BTreeSet<_> = layers.iter().map(PlacedLayer::key).collect();
         let here = self
             .disk(move |store| {
                 let mut here = BTreeSet::new();
-                for layer in distinct {
-                    if store.layer(&layer)?.is_some() {
-                        here.insert(layer);
+                for (layer, diff_id) in distinct {
+                    if store.layer_as(&layer, diff_id.as_ref())?.is_some() {
+                        here.insert((layer, diff_id));
                     }
                 }
                 Ok(here)
@@ -310,11 +310,11 @@ impl Inner {
         let mut started = BTreeSet::new();
         let flights: Vec<_> = layers
             .iter()
-            .filter(|placed| !here.contains(&placed.layer) && started.insert(placed.layer))
+            .filter(|placed| !here.contains(&placed.key()) && started.insert(placed.key()))
             .map(|placed| self.start_layer(source, placed.layer, placed.diff_id, &entry.urgency))
             .collect();
         entry.set(|stage| {
-            stage.present_bytes = here.iter().map(|layer| layer.blob.size).sum();
+            stage.present_bytes = here.iter().map(|(layer, _)| layer.blob.size).sum();
             stage.layers = flights.iter().map(|flight| flight.state.clone()).collect();
             // It may have become more urgent since, and others' layers less urgent than it.
             let priority = entry.urgency.get();
@@ -361,7 +361,7 @@ fn make_tree(
     let mut stored = Vec::new();
     for PlacedLayer { layer, place, diff_id, .. } in layers {
         let digest = layer.blob.digest;
-        let Some(record) = store.layer(layer)? else {
+        let Some(record) = store.layer_as(layer, diff_id.as_ref())? else {
             return Err(StoreError::Corrupt(format!(
                 "layer {digest} is gone again: pull the image again"
             )));

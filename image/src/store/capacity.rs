@@ -239,23 +239,15 @@ impl Store {
         Ok((coming, promised))
     }
 
-    /// What a layer of `bytes` has still to write, by the name of its record.
-    fn still_to_come(&self, partial: &BTreeMap<String, u64>, name: &str, bytes: u64) -> u64 {
-        if self.path("layers").join(format!("{name}.json")).exists() {
-            return 0;
-        }
-        let digest = name.split('.').next().unwrap_or(name);
-        bytes.saturating_sub(partial.get(digest).copied().unwrap_or_default())
-    }
-
-    /// Bytes of those of `layers` that are not here, at least, by the names of their records.
+    /// Bytes of those of `layers` (with what the image says that they unpack to) that are not here,
+    /// at least, by the names of their records.
     pub(crate) fn missing(
         &self,
-        layers: &BTreeSet<Layer>,
+        layers: &BTreeSet<(Layer, Option<Digest>)>,
     ) -> Result<BTreeMap<String, u64>, StoreError> {
         let mut missing = BTreeMap::new();
-        for layer in layers {
-            if self.layer(layer)?.is_none() {
+        for (layer, diff_id) in layers {
+            if self.layer_as(layer, diff_id.as_ref())?.is_none() {
                 missing.insert(layer.record_name(), layer.blob.size);
             }
         }
@@ -264,8 +256,25 @@ impl Store {
 
     /// What of `missing` has still to be written, beside what an interrupted pull has left.
     pub(crate) fn to_write(&self, missing: &BTreeMap<String, u64>) -> Result<u64, StoreError> {
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        // Before the partial layers: one that is committed meanwhile is then counted as what it is.
         let partial = self.partial_bytes()?;
-        Ok(missing.iter().map(|(name, bytes)| self.still_to_come(&partial, name, *bytes)).sum())
+        let records: BTreeSet<String> = self.layer_records().names()?.into_iter().collect();
+        let came = |name: &String| {
+            let as_other = format!("{name}.as-");
+            records.contains(name)
+                || records
+                    .range(as_other.clone()..)
+                    .next()
+                    .is_some_and(|n| n.starts_with(&as_other))
+        };
+        let left = missing.iter().filter(|(name, _)| !came(name)).map(|(name, bytes)| {
+            let digest = name.split('.').next().unwrap_or(name);
+            bytes.saturating_sub(partial.get(digest).copied().unwrap_or_default())
+        });
+        Ok(left.sum())
     }
 
     /// Waits until nobody else admits or evicts. Before any other lock.
@@ -273,7 +282,7 @@ impl Store {
         Lock::exclusive(&self.path("admission"))
     }
 
-    /// Leases `layers` for the pull of an image, once there is room for those that are missing.
+    /// Leases `layers` (with what the image says that they unpack to) for the pull of an image, once there is room for those that are missing.
     ///
     /// # Errors
     ///
@@ -283,14 +292,14 @@ impl Store {
         &self,
         image: &Digest,
         reference: &Reference,
-        layers: &BTreeSet<Layer>,
+        layers: &BTreeSet<(Layer, Option<Digest>)>,
     ) -> Result<Lease, StoreError> {
         let _turn = self.admission()?;
         let (others, _) = self.promised(|_| true)?;
         let coming = self.missing(layers)?;
         // Before anything is evicted: what is here of this image must not go with another.
         let lease = self.lease(&Leased {
-            layers: layers.iter().map(|layer| layer.blob.digest).collect(),
+            layers: layers.iter().map(|(layer, _)| layer.blob.digest).collect(),
             image: Some(*image),
             reference: Some(reference.clone()),
             coming: coming.clone(),

@@ -24,7 +24,7 @@ fn with_quota(store: Store, quota: u64) -> Store {
 
 fn admit(store: &Store, name: &str, layers: &[Layer]) -> Result<Lease, StoreError> {
     let image = Digest::of(name.as_bytes());
-    store.admit(&image, &reference(name), &layers.iter().copied().collect())
+    store.admit(&image, &reference(name), &layers.iter().map(|layer| (*layer, None)).collect())
 }
 
 /// What a refusal says.
