@@ -10,7 +10,7 @@
 //!   size, a few samples of both are compared;
 //! - *zstd:chunked and eStargz* ([`toc`]): the table of contents, whose digests are compared with
 //!   those of stored objects;
-//! - *a raw file*: objects of its size, by SHA-256 or by samples;
+//! - *a raw file*: objects of its size, by SHA-256 where that is known or cheap, and by samples;
 //! - anything else has no places to look at, and is fetched.
 //!
 //! # What always holds
@@ -224,7 +224,8 @@ impl Scout<'_> {
         if end > self.layer.blob.size {
             return Err("a file in it is longer than the layer".to_owned());
         }
-        if let Some((name, object)) = self.sampled(begins, size, executable).await? {
+        let candidates = self.candidates(size, executable);
+        if let Some((name, object)) = self.sampled(candidates, begins, size).await? {
             self.found(Local { name, object, size, range: begins..end, again: 0, known: 0 });
         }
         Ok(())
@@ -238,33 +239,29 @@ impl Scout<'_> {
         16 + self.layer.blob.size / (64 * MIB) + found / (4 * MIB)
     }
 
-    /// A raw file: an object of its size, and its very digest where that costs little.
+    /// A raw file: an object of its size, and of its very digest where that costs little. Samples are
+    /// taken in any case: a file's digest may be known to who has no right to the file, and the
+    /// source is to show that it has what it names.
     async fn raw(&mut self) -> Result<(), Halt> {
         let (size, wanted) = (self.layer.blob.size, self.layer.blob.digest);
-        let candidates = self.candidates(size, false);
-        let known = candidates.iter().find(|candidate| candidate.sha256 == Some(wanted)).copied();
-        let found = if let Some(known) = known {
-            self.link(vec![known], size).await?
-        } else if size <= HASHED_BYTES {
+        let mut candidates = self.candidates(size, false);
+        candidates.retain(|candidate| candidate.sha256.is_none_or(|known| known == wanted));
+        candidates.sort_by_key(|candidate| candidate.sha256.is_none());
+        if size <= HASHED_BYTES && candidates.first().is_some_and(|first| first.sha256.is_none()) {
             let sizes = Arc::clone(&self.inner.sizes);
             let hashed = self.disk(move |store| {
-                candidates.into_iter().filter(|candidate| candidate.sha256.is_none()).find(
-                    |candidate| {
-                        let found = sha256(store, candidate, size, 0..size);
-                        if let Some(found) = found {
-                            let mut sizes = sizes.lock().unwrap_or_else(PoisonError::into_inner);
-                            sizes.learn(candidate.object, found);
-                        }
-                        found == Some(wanted)
-                    },
-                )
+                candidates.into_iter().find(|candidate| {
+                    let found = sha256(store, candidate, size, 0..size);
+                    if let Some(found) = found {
+                        let mut sizes = sizes.lock().unwrap_or_else(PoisonError::into_inner);
+                        sizes.learn(candidate.object, found);
+                    }
+                    found == Some(wanted)
+                })
             });
-            let found = hashed.await?;
-            self.link(found.into_iter().collect(), size).await?
-        } else {
-            self.sampled(0, size, false).await?
-        };
-        if let Some((name, object)) = found {
+            candidates = hashed.await?.into_iter().collect();
+        }
+        if let Some((name, object)) = self.sampled(candidates, 0, size).await? {
             self.found(Local { name, object, size, range: 0..size, again: 0, known: 0 });
         }
         Ok(())
@@ -292,14 +289,13 @@ impl Scout<'_> {
         of_size(&self.by_size, size, executable).collect()
     }
 
-    /// An object of `size` whose samples are those of the blob at `begins`, and its link.
+    /// One of the candidates, of `size`, whose samples are those of the blob at `begins`; its link.
     async fn sampled(
         &mut self,
+        mut candidates: Vec<Candidate>,
         begins: u64,
         size: u64,
-        executable: bool,
     ) -> Result<Option<(String, ObjectId)>, Halt> {
-        let mut candidates = self.candidates(size, executable);
         let places = samples(size);
         // The first is in memory already, and most others show there that they are others.
         for places in [&places[..1], &places[1..]] {
@@ -319,15 +315,6 @@ impl Scout<'_> {
             });
             candidates = same.await?;
         }
-        self.link(candidates, size).await
-    }
-
-    /// Links the first of the candidates that can be.
-    async fn link(
-        &self,
-        candidates: Vec<Candidate>,
-        size: u64,
-    ) -> Result<Option<(String, ObjectId)>, Halt> {
         let folder = Arc::clone(&self.folder);
         self.disk(move |store| first_linked(store, candidates, size, &folder)).await
     }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 mod containerd;
+mod finetune;
 mod measure;
 mod packed;
 mod podman;
@@ -38,6 +39,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("resume") {
         resume::run(carport, &mut report).await.context("bench of interrupted pulls")?;
+    }
+    if wanted("finetune") {
+        finetune::run(carport, &mut report).context("bench of a fine-tune's pull")?;
     }
     if wanted("publish") {
         publish::run(carport, &mut report).await.context("bench of publishes")?;

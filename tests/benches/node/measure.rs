@@ -33,7 +33,13 @@ impl Cost {
 
 /// Runs `command` to its end.
 pub(crate) fn run(command: &mut Command) -> anyhow::Result<Cost> {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    run_to(command, Stdio::null())
+}
+
+/// As [`run`], with what it says on its standard output sent to `stdout`: no pipe, which nobody
+/// would read meanwhile.
+pub(crate) fn run_to(command: &mut Command, stdout: Stdio) -> anyhow::Result<Cost> {
+    command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
     let start = Instant::now();
     let mut child = command.spawn().with_context(|| format!("run {command:?}"))?;
     let pid = Pid::from_child(&child);
