@@ -189,7 +189,9 @@ impl Store {
             // One that is locked is being brought in at this moment.
             if let Some(ingest) = self.ingest(&digest)? {
                 for file in fs::read_dir(ingest.folder()).context(what)?.flatten() {
-                    bytes += file.metadata().map(|meta| meta.blocks() * 512).unwrap_or_default();
+                    // A link to an object frees nothing.
+                    let own = file.metadata().ok().filter(|meta| meta.nlink() == 1);
+                    bytes += own.map_or(0, |meta| meta.blocks() * 512);
                 }
                 super::Repair::finish(self, &ingest)?;
                 ingest.discard()?;
