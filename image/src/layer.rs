@@ -197,12 +197,14 @@ impl Resumed {
         Outset { folder, offset: self.offset, parser, begun: self.unpacker.begun() }
     }
 
-    /// Has the blob put together as `plan` says. A plan with local files for a compressed blob needs a diff_id.
+    /// Has the blob put together as `plan` says. A plan with local files for a compressed blob needs
+    /// a diff_id.
     pub(crate) fn follow(&mut self, plan: Plan) {
         self.plan = plan;
     }
 
-    /// Unpacks the chunks that `next` gives, those of the plan's network segments, until the blob is whole, verifies and commits it.
+    /// Unpacks the chunks that `next` gives, those of the plan's network segments, until the blob is
+    /// whole, verifies and commits it.
     ///
     /// Blocks. When `next` ends early, what came is kept for the next pull.
     pub(crate) fn unpack<C: Clone + Send>(
