@@ -6,8 +6,10 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use carport_image::Reference;
+use carport_image::store::Owner;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::text;
@@ -184,9 +186,49 @@ pub enum Command {
         after_help = "Example:\n  carport locate registry.example/team/llama:v1 --gpus 2 --gpu-memory 80GB"
     )]
     Locate(LocateArgs),
+    /// Say what pulls would do: bytes to fetch, what would be evicted, whether it fits.
+    ///
+    /// Asks the registries, and changes nothing. Layers that are here, and those that several of the
+    /// images share, count once. Of a compressed layer the size unpacked is not known before: then
+    /// what would be written is a lower bound.
+    ///
+    /// JSON: {images: [{reference, digest, present, download_bytes, missing_bytes, bytes_per_second}],
+    /// download_bytes, missing_bytes, needed_bytes, at_least, fits, eta_seconds, evict: [{digest,
+    /// references, freed_bytes, idle_seconds, bytes_per_second, expected_seconds}], room: {limit_bytes,
+    /// used_bytes, free_bytes, pulls_bytes, reserved_bytes, mounted_bytes, pinned_bytes, recent_bytes,
+    /// evictable_bytes, unused_bytes}}. What is not known is null.
+    #[command(
+        after_help = "Example:\n  carport plan registry.example/team/llama:v1 registry.example/team/llama-tuned:v1"
+    )]
+    Plan(PlanArgs),
+    /// Show what each image takes on the disk, alone and shared with others.
+    ///
+    /// UNIQUE is what removing the image frees.
+    ///
+    /// JSON: {images: [{digest, references, unpacked_bytes, unique_bytes, shared_bytes, last_used_at}],
+    /// object_bytes, saved_bytes, unused_bytes}.
+    Du,
+    /// Keep an image, whatever room is needed.
+    ///
+    /// It is neither evicted nor removed until each of its owners has taken the pin away or its time
+    /// is over. Pinning again changes when that is.
+    ///
+    /// JSON: {owner, digest, reference, created_at, expires_at}; no end is null.
+    #[command(
+        after_help = "Example:\n  carport pin registry.example/team/llama:v1 --owner team-a --for 30days"
+    )]
+    Pin(PinArgs),
+    /// Take a pin away.
+    ///
+    /// JSON: {owner, digest, removed}.
+    Unpin(UnpinArgs),
+    /// List the pins.
+    ///
+    /// JSON: an array of what `carport pin` prints.
+    Pins,
     /// Take images out of the store.
     ///
-    /// Their bytes go with `carport gc`. An image that a volume uses is refused.
+    /// Their bytes go with `carport gc`. An image that a volume uses or somebody has pinned is refused.
     ///
     /// JSON: an array of {reference, digest, removed}.
     Rm {
@@ -264,6 +306,45 @@ pub struct PullArgs {
     /// How registries are spoken to.
     #[command(flatten)]
     pub registry: RegistryArgs,
+}
+
+/// Flags of `carport plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// What would be pulled, together.
+    #[arg(value_name = "REF", required = true)]
+    pub references: Vec<Reference>,
+    /// Ask the registry what a tag means now, also where the store knows it.
+    #[arg(long)]
+    pub always: bool,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Flags of `carport pin`.
+#[derive(Debug, Args)]
+pub struct PinArgs {
+    /// A reference, or a digest as `carport ls` shows it.
+    #[arg(value_name = "REF")]
+    pub image: String,
+    /// Whose pin it is.
+    #[arg(long, value_name = "NAME", default_value = "cli")]
+    pub owner: Owner,
+    /// How long it lasts [default: until `carport unpin`].
+    #[arg(long = "for", value_name = "TIME", value_parser = text::parse_pin_time)]
+    pub time: Option<Duration>,
+}
+
+/// Flags of `carport unpin`.
+#[derive(Debug, Args)]
+pub struct UnpinArgs {
+    /// A reference, or a digest as `carport ls` shows it.
+    #[arg(value_name = "REF")]
+    pub image: String,
+    /// Whose pin it is.
+    #[arg(long, value_name = "NAME", default_value = "cli")]
+    pub owner: Owner,
 }
 
 /// Flags of `carport pack`.
@@ -415,6 +496,8 @@ mod tests {
             (vec!["pull"], "REF"),
             (vec!["pull", "Not A Reference"], "Not A Reference"),
             (vec!["locate", "a/b:c", "--gpu-memory", "80GB"], "--gpus"),
+            (vec!["pin", "a/b:c", "--owner", "Team A"], "--owner"),
+            (vec!["pin", "a/b:c", "--for", "0s"], "from 1s to 10years"),
         ] {
             let error = parse(&arguments).unwrap_err();
             assert_eq!(error.exit_code(), 2);

@@ -14,11 +14,14 @@ use crate::config::{Config, Log};
 use crate::{logging, run};
 
 mod ask;
+mod du;
 mod gpus;
 mod images;
 mod locate;
 mod mount;
 mod pack;
+mod pins;
+mod plan;
 mod pull;
 mod status;
 
@@ -106,6 +109,11 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Ls => images::ls(output, &config),
             Command::Rm { references } => images::rm(output, &config, &references),
             Command::Gc => images::gc(output, &config),
+            Command::Plan(arguments) => plan::run(output, config, arguments).await,
+            Command::Du => du::run(output, &config),
+            Command::Pin(arguments) => pins::pin(output, &config, &arguments),
+            Command::Unpin(arguments) => pins::unpin(output, &config, &arguments),
+            Command::Pins => pins::list(output, &config),
             Command::Mount(arguments) => mount::mount(&cli.global, config, arguments).await,
             Command::Umount { target } => mount::umount(output, &config, &target),
             Command::Status => status::run(output, &config).await,
@@ -123,7 +131,7 @@ fn print_config(output: crate::cli::Output, config: &Config) -> anyhow::Result<(
 }
 
 fn open_store(config: &Config) -> anyhow::Result<Store> {
-    Ok(Store::open(&config.root)?)
+    Ok(Store::open(&config.root)?.with_limits(config.limits()))
 }
 
 fn open_puller(config: &Config) -> anyhow::Result<Puller> {

@@ -19,6 +19,7 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use carport_image::pull::{AccessCheck, Bandwidth, PullOptions, RegistryAway};
 use carport_image::source::RegistryOptions;
+use carport_image::store::Limits;
 use serde::{Deserialize, Serialize};
 
 use crate::gpu::GpuOptions;
@@ -36,9 +37,11 @@ pub struct Config {
     /// This node's name in answers to schedulers; in a cluster the Kubernetes node name.
     #[serde(deserialize_with = "text::node_name")]
     pub node_name: String,
-    /// The store.
+    /// The store's directory.
     #[serde(deserialize_with = "text::absolute")]
     pub root: PathBuf,
+    /// How much the store may take.
+    pub store: Capacity,
     /// The gRPC API.
     pub api: Api,
     /// Metrics and health.
@@ -55,6 +58,27 @@ pub struct Config {
     pub gpu: Gpu,
     /// What is logged.
     pub log: Log,
+}
+
+/// How much the store may take, and when images are evicted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Capacity {
+    /// What it may take; absent: what its file system has.
+    #[serde(
+        serialize_with = "text::write_optional_size",
+        deserialize_with = "text::optional_size"
+    )]
+    pub quota: Option<ByteSize>,
+    /// The part of the quota, or of the file system, above which images are evicted.
+    #[serde(deserialize_with = "text::part")]
+    pub high_watermark: f64,
+    /// The part down to which they are.
+    #[serde(deserialize_with = "text::part")]
+    pub low_watermark: f64,
+    /// An image that was used so short ago stays.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
+    pub keep_for: Duration,
 }
 
 /// The gRPC API of this node.
@@ -218,6 +242,7 @@ impl Default for Config {
         Self {
             node_name: host_name(),
             root: home.root(),
+            store: Capacity::default(),
             api: Api { socket: home.socket() },
             http: Http::default(),
             csi: Csi { enabled: home == Home::System, ..Csi::default() },
@@ -233,6 +258,19 @@ impl Default for Config {
 impl Default for Api {
     fn default() -> Self {
         Self { socket: Home::of_this_user().socket() }
+    }
+}
+
+impl Default for Capacity {
+    fn default() -> Self {
+        Self {
+            quota: None,
+            // Where the kubelet makes room for its own images: below that it evicts pods.
+            high_watermark: 0.85,
+            low_watermark: 0.8,
+            // A pull may end while the kubelet waits to ask for it again.
+            keep_for: Limits::default().keep_for,
+        }
     }
 }
 
@@ -328,6 +366,16 @@ impl Config {
                     .map_err(|why| ConfigError::field("csi.kubeletDir", &why))?;
             }
         }
+        let Capacity { high_watermark, low_watermark, .. } = self.store;
+        if low_watermark > high_watermark {
+            return Err(ConfigError::field(
+                "store.lowWatermark",
+                &format!(
+                    "{low_watermark} is more than store.highWatermark ({high_watermark}); lower the \
+                     one or raise the other"
+                ),
+            ));
+        }
         let connections = self.registries.connections;
         let too_few = |why: String| {
             ConfigError::field("registries.connections", &format!("{connections} {why}"))
@@ -373,6 +421,16 @@ impl Config {
             read_timeout: self.registries.read_timeout,
             connections_per_registry: self.registries.connections,
             hosts_dir: self.registries.hosts_dir.clone(),
+        }
+    }
+
+    /// What the store keeps to.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            quota_bytes: self.store.quota.map(|quota| quota.as_u64()),
+            high: self.store.high_watermark,
+            low: self.store.low_watermark,
+            keep_for: self.store.keep_for,
         }
     }
 

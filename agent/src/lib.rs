@@ -4,6 +4,7 @@
 //! cli ─► config ─► run ─┬─► api ─► placement   gRPC on a unix socket   ◄─┐
 //!                       ├─► http, metrics      for scrapers and probes ◄─┴─ state: one value
 //!                       ├─► prepull            what must be here             ▲ store, pulls, volumes
+//!                       ├─► watermark          what must go                  │
 //!                       ├─► gpu                NVML's thread ────────────────┘
 //!                       └─► carport-csi        volumes for the kubelet
 //! cli ─► commands       the other subcommands, on the store or through the API
@@ -25,3 +26,4 @@ pub mod prepull;
 pub mod progress;
 pub mod run;
 pub mod state;
+pub mod watermark;

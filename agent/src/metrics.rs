@@ -24,9 +24,11 @@ use crate::placement::gpus::by_health;
 use crate::state::{NodeState, in_flight, same_pull};
 
 mod gpus;
+mod store;
 mod volumes;
 
 use gpus::GpuMetrics;
+pub use store::StoreMetrics;
 pub use volumes::VolumeMetrics;
 
 /// What an OpenMetrics scraper expects to be told.
@@ -45,6 +47,8 @@ pub struct Metrics {
     pub prepull: PrepullMetrics,
     /// Publishes and unpublishes.
     pub volumes: VolumeMetrics,
+    /// What the store was asked to keep, and what went.
+    pub store: StoreMetrics,
 }
 
 /// Pulls of this agent, whoever asked for them.
@@ -140,8 +144,9 @@ impl Default for Metrics {
         let pulls = PullMetrics::new(&mut registry);
         let prepull = PrepullMetrics::new(&mut registry);
         let volumes = VolumeMetrics::new(&mut registry);
+        let store = StoreMetrics::new(&mut registry);
         let node = NodeMetrics::new(&mut registry);
-        Self { registry, node, scrape: Mutex::default(), pulls, prepull, volumes }
+        Self { registry, node, scrape: Mutex::default(), pulls, prepull, volumes, store }
     }
 }
 

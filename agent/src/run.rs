@@ -35,6 +35,7 @@ use crate::http::{self, Pages};
 use crate::metrics::Metrics;
 use crate::prepull;
 use crate::state::{Keeper, NodeState};
+use crate::watermark;
 
 /// How long calls under way may take to end; Kubernetes kills after 30 s.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -97,6 +98,7 @@ impl Agent {
         let http = http::bind(config.http.listen).await?;
         let root = config.root.clone();
         let store = tokio::task::spawn_blocking(move || Store::open(root)).await??;
+        let store = store.with_limits(config.limits());
         let sources = Sources::new(config.registry_options())?;
         let puller = Puller::new(store, sources, config.pull_options());
         puller.set_bandwidth(config.bandwidth());
@@ -143,6 +145,11 @@ impl Agent {
                 Ok(())
             });
         }
+        let (kept, measured) = (puller.clone(), Arc::clone(&metrics));
+        work.start(|stop| async move {
+            watermark::run(kept, measured, stop).await;
+            Ok(())
+        });
         rest.start(|stop| async move {
             keeper.run(stop).await;
             Ok(())

@@ -105,7 +105,7 @@ fn remove(store: &Store, name: &str) -> anyhow::Result<Removed> {
 }
 
 /// The image that `name` means: a reference, a digest, or the start of one.
-fn find(store: &Store, name: &str) -> anyhow::Result<Digest> {
+pub(super) fn find(store: &Store, name: &str) -> anyhow::Result<Digest> {
     let hex = name.strip_prefix("sha256:").unwrap_or(name);
     if hex.len() >= 6 && hex.len() <= 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         let images = store.images()?;

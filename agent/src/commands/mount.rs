@@ -4,12 +4,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use carport_csi::fuse;
-use carport_csi::mount::{ImagePath, KernelMounter, MountOptions, Mounter, TargetState, Tree};
+use carport_csi::mount::{
+    ImagePath, KernelMounter, MountOptions, MountPoint, Mounter, TargetState, Tree,
+};
+use carport_image::store::{Owner, PinRequest};
 use carport_image::{Digest, Reference};
 use serde::{Deserialize, Serialize};
 
-use super::open_puller;
 use super::pull::pull_one;
+use super::{open_puller, open_store};
 use crate::cli::{Global, MountArgs, Output};
 use crate::config::Config;
 use crate::output::print;
@@ -57,12 +60,24 @@ pub(super) async fn mount(
     }
     let puller = open_puller(&config)?;
     let pulled = pull_one(global.output, &puller, &arguments.reference).await?;
-    let rootfs = puller.store().rootfs(&pulled.digest);
+    let (store, reference) = (puller.store().clone(), arguments.reference.clone());
     let target = tokio::task::spawn_blocking(move || {
+        let rootfs = store.rootfs(&pulled.digest);
+        // No volume's record tells of this mount, so a pin keeps the image from being evicted.
+        let pin = PinRequest { owner: mount_owner(&target)?, expires_at: None };
+        if store.pin(&pulled.digest, Some(&reference), &pin)?.is_none() {
+            bail!("{reference}: removed from the store meanwhile; run it again");
+        }
         mount_kernel(&KernelMounter, &Tree { rootfs, path }, &target).map(|()| target)
     });
     let target = target.await.context("mount")??;
     Mounted::new(&arguments.reference, &pulled.digest, target).print(global.output)
+}
+
+/// Who pins the image that is mounted on `target`.
+fn mount_owner(target: &Path) -> anyhow::Result<Owner> {
+    let name = Digest::of(target.as_os_str().as_encoded_bytes());
+    Ok(format!("mount:{}", name.short()).parse()?)
 }
 
 /// Mounts once; a second call for the same folder changes nothing.
@@ -110,6 +125,12 @@ pub(super) fn umount(output: Output, config: &Config, target: &Path) -> anyhow::
         still_open = !served::wait_for_end(config, &target)?;
     } else {
         KernelMounter.unmount(&target)?;
+        // Only where that store is; it may have been mounted from another one.
+        if let Some(digest) = mount.and_then(MountPoint::shown_image)
+            && config.root.join("format").exists()
+        {
+            open_store(config)?.unpin(&digest, &mount_owner(&target)?)?;
+        }
     }
     let unmounted = Unmounted { target: target.clone(), unmounted: true, still_open };
     print(output, &unmounted, |u| match u.still_open {

@@ -41,6 +41,12 @@ fn a_wrong_value_names_line_field_and_what_to_write() {
         ("gpu: {interval: 10}\n", "/etc/c.yaml:1:17: gpu.interval: ", "such as 10s"),
         ("pull: {windowBytes: 1KiB}\n", "/etc/c.yaml:1:21: pull.windowBytes: ", "from 16MiB"),
         ("pull: {bandwidth: 10B/s}\n", "/etc/c.yaml:1:19: pull.bandwidth: ", "64KiB/s or more"),
+        ("store: {quota: 1KiB}\n", "/etc/c.yaml:1:16: store.quota: ", "at least 1MiB"),
+        (
+            "store: {highWatermark: 85}\n",
+            "/etc/c.yaml:1:24: store.highWatermark: ",
+            "from 0.01 to 1",
+        ),
         ("log: {level: 'a=b=c'}\n", "/etc/c.yaml:1:14: log.level: ", "error, warn, info"),
         ("log: {format: xml}\n", "/etc/c.yaml:1:15: log.format: ", "json"),
         (
@@ -100,10 +106,19 @@ fn connections_must_suffice_for_one_layer_and_be_more_than_layers() {
 }
 
 #[test]
+fn the_low_watermark_is_not_above_the_high_one() {
+    let config = parse("store: {quota: 2TiB, lowWatermark: 0.9}").unwrap();
+    assert_eq!(config.limits().quota_bytes, Some(2 << 40));
+    let error = config.check().unwrap_err().to_string();
+    assert!(error.starts_with("configuration: store.lowWatermark: 0.9 is more than"), "{error}");
+}
+
+#[test]
 fn what_is_printed_reads_back_as_the_same() {
     let mut config = Config::default();
     config.pull.window_bytes = ByteSize(100_000_001);
     config.pull.bandwidth = Some("100MB/s".parse().unwrap());
+    config.store.quota = Some(ByteSize(3 << 40));
     config.registries.docker_config = Some("/etc/docker.json".into());
     let yaml = serde_saphyr::to_string(&config).unwrap();
     assert_eq!(parse(&yaml).unwrap(), config, "{yaml}");

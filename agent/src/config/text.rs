@@ -25,6 +25,10 @@ const MAX_WINDOW: u64 = 64 << 30;
 
 /// A range of one request takes minutes at this rate; below, time-outs would come first.
 const MIN_RATE: u64 = 64 << 10;
+/// A store of less was meant to be more.
+const MIN_QUOTA: u64 = 1 << 20;
+/// Above this, no end was meant.
+const MAX_PIN_SECONDS: u64 = 3653 * 86_400;
 
 /// A Kubernetes node name: lower-case letters, digits, `-` and `.`.
 ///
@@ -154,6 +158,31 @@ pub fn parse_log_level(text: &str) -> Result<String, String> {
              such as info,carport_image=debug"
         )),
     }
+}
+
+/// How long a pin lasts: at least a second and at most ten years.
+///
+/// # Errors
+///
+/// When it is not.
+pub fn parse_pin_time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|_| {
+        format!("{text:?} is no duration; write a number and a unit, such as 7days")
+    })?;
+    if (Duration::from_secs(1)..=Duration::from_secs(MAX_PIN_SECONDS)).contains(&time) {
+        return Ok(time);
+    }
+    Err(format!("{text:?} is out of range; write something from 1s to 10years"))
+}
+
+fn parse_quota(text: &str) -> Result<ByteSize, String> {
+    let size: ByteSize = text
+        .parse()
+        .map_err(|_| format!("{text:?} is no size; write a number and a unit, such as 500GiB"))?;
+    if size.as_u64() >= MIN_QUOTA {
+        return Ok(size);
+    }
+    Err(format!("{text:?} is out of range; write at least 1MiB"))
 }
 
 fn parse_window(text: &str) -> Result<ByteSize, String> {
@@ -293,6 +322,22 @@ pub(super) fn window<'de, D: Deserializer<'de>>(from: D) -> Result<ByteSize, D::
     parsed(from, parse_window)
 }
 
+pub(super) fn optional_size<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<ByteSize>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|text| parse_quota(&text).map_err(D::Error::custom)).transpose()
+}
+
+/// A part of a whole.
+pub(super) fn part<'de, D: Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    let part = f64::deserialize(from)?;
+    if (0.01..=1.0).contains(&part) {
+        return Ok(part);
+    }
+    Err(D::Error::custom(format!("{part} is out of range; write a number from 0.01 to 1")))
+}
+
 /// A whole number from `MIN` to `MAX`.
 pub(super) fn count<'de, D, const MIN: usize, const MAX: usize>(from: D) -> Result<usize, D::Error>
 where
@@ -316,4 +361,15 @@ fn exact_size(bytes: u64) -> String {
         .iter()
         .find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit))
         .map_or_else(|| format!("{bytes}B"), |(unit, name)| format!("{}{name}", bytes / unit))
+}
+
+/// As [`write_size`], for a size that may be absent.
+pub(super) fn write_optional_size<S: Serializer>(
+    size: &Option<ByteSize>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    match size {
+        Some(size) => write_size(size, to),
+        None => to.serialize_none(),
+    }
 }

@@ -111,12 +111,14 @@ fn an_image_is_mounted_read_only_and_taken_away() {
         test "$(cat "$3/weights/a.bin")" = 123456789
         ! touch "$3/new" 2>/dev/null
         "$1" mount "$2" "$3" --path /models
+        "$1" pins | grep -q "mount:.*$2"
         if "$1" rm "$2" 2>"$4"; then exit 1; fi
         grep -q "mounted at $3" "$4"
         if "$1" umount /proc 2>"$4"; then exit 1; fi
         grep -q "no image is mounted there" "$4"
         "$1" umount "$3"
         test ! -e "$3/weights"
+        test "$("$1" pins -o json)" = "[]"
         "$1" rm "$2"
     "#;
     let mut command = std::process::Command::new("unshare");

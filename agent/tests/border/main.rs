@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test says by panicking that it fails")]
 
 mod api;
+mod capacity;
 mod cli;
 mod prepull;
 mod process;

@@ -388,7 +388,10 @@ async fn an_image_stays_while_a_volume_shows_it() {
     let digest = bench.volumes.publish(request).await.unwrap().digest;
     let store = &bench.world.store;
     assert!(matches!(store.remove(&digest), Err(StoreError::InUse(_))));
+    let used = store.rootfs(&digest).with_file_name("used");
+    std::fs::remove_file(&used).expect("the publish has noted it");
     bench.unpublish("csi-a", &target).await.unwrap();
+    assert!(store.last_used(&digest).is_some(), "it was in use until now");
     assert!(store.remove(&digest).unwrap());
 }
 
