@@ -265,7 +265,7 @@ impl Default for Capacity {
     fn default() -> Self {
         Self {
             quota: None,
-            // Where the kubelet makes room for its own images: below that it evicts pods.
+            // About where the kubelet makes room for its own images; beyond that it evicts pods.
             high_watermark: 0.85,
             low_watermark: 0.8,
             // A pull may end while the kubelet waits to ask for it again.

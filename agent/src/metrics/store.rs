@@ -78,7 +78,9 @@ impl StoreMetrics {
             raise(&self.evicted, count.bytes);
         }
         self.pins.set(signed(store.pins()?.len() as u64));
-        self.reserved.set(signed(store.reservations()?.iter().map(|one| one.bytes).sum()));
+        let reserved =
+            store.reservations()?.iter().fold(0, |sum: u64, one| sum.saturating_add(one.bytes));
+        self.reserved.set(signed(reserved));
         Ok(())
     }
 }

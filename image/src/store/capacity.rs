@@ -95,6 +95,11 @@ impl Counted {
     }
 }
 
+/// Sum of figures that manifests, records and callers name: they may say anything.
+fn total(bytes: impl Iterator<Item = u64>) -> u64 {
+    bytes.fold(0, u64::saturating_add)
+}
+
 /// What there is of it, at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Space {
@@ -173,8 +178,10 @@ impl Store {
         let available = disk.f_bavail.saturating_mul(disk.f_frsize);
         let writable = available.saturating_sub(MARGIN_BYTES.min(capacity / MARGIN_PART));
         let Some(quota) = self.limits.quota_bytes else {
-            let used_bytes = capacity.saturating_sub(available);
-            return Ok(Space { limit_bytes: capacity, used_bytes, free_bytes: writable });
+            // As `df` has it: what is kept for root is neither.
+            let used_bytes = capacity.saturating_sub(disk.f_bfree.saturating_mul(disk.f_frsize));
+            let limit_bytes = used_bytes.saturating_add(available);
+            return Ok(Space { limit_bytes, used_bytes, free_bytes: writable });
         };
         let object_bytes = match object_bytes {
             Some(bytes) => bytes,
@@ -234,7 +241,7 @@ impl Store {
         });
         let promised = Promised {
             pulls_bytes: self.to_write(&coming)?,
-            reserved_bytes: reservations.iter().map(|one| one.bytes).sum(),
+            reserved_bytes: total(reservations.iter().map(|one| one.bytes)),
         };
         Ok((coming, promised))
     }
@@ -274,7 +281,7 @@ impl Store {
             let digest = name.split('.').next().unwrap_or(name);
             bytes.saturating_sub(partial.get(digest).copied().unwrap_or_default())
         });
-        Ok(left.sum())
+        Ok(total(left))
     }
 
     /// Waits until nobody else admits or evicts. Before any other lock.
@@ -346,7 +353,7 @@ impl Store {
             return Ok(());
         }
         // What nobody uses goes before any image.
-        self.collect()?;
+        self.collect_idle()?;
         let mut rounds = 0;
         loop {
             let (needed, taken) = demand()?;

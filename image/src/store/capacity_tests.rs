@@ -119,6 +119,8 @@ fn a_reservation_keeps_room_until_its_pull_its_end_or_its_release() {
 
     wish.bytes = 101 * KIB;
     assert!(matches!(store.reserve(&wish), Err(StoreError::NoSpace { .. })));
+    wish.bytes = u64::MAX;
+    assert!(matches!(store.reserve(&wish), Err(StoreError::NoSpace { .. })));
     wish.bytes = 60 * KIB;
     store.reserve(&wish).unwrap();
     wish.bytes = 90 * KIB;

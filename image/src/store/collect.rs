@@ -102,18 +102,55 @@ impl Store {
     /// Removes every object that neither a tree nor a pull in flight uses, and every partial layer that
     /// no pull is at: who asks for room gets all there is.
     pub fn collect(&self) -> Result<Collected, StoreError> {
+        self.collect_but(&BTreeSet::new())
+    }
+
+    /// As [`Store::collect`], without what came a moment ago: whoever makes room by itself must not
+    /// take from an agent that has just started what its pulls will go on with.
+    pub(super) fn collect_idle(&self) -> Result<Collected, StoreError> {
+        self.collect_but(&self.young_layers()?)
+    }
+
+    /// Layers, whole and partial, that came within the time for which images are kept.
+    pub(super) fn young_layers(&self) -> Result<BTreeSet<Digest>, StoreError> {
+        let mut young = BTreeSet::new();
+        for folder in ["layers", "ingest"] {
+            let path = self.path(folder);
+            let what = || format!("read {}", path.display());
+            for entry in fs::read_dir(&path).context(what)? {
+                let entry = entry.context(what)?;
+                let Ok(modified) = entry.metadata().and_then(|meta| meta.modified()) else {
+                    continue;
+                };
+                // A time to come is as good as now.
+                let age = modified.elapsed().unwrap_or_default();
+                let name = entry.file_name();
+                let digest = name.to_str().and_then(|name| name.split('.').next());
+                if age < self.limits.keep_for
+                    && let Some(Ok(digest)) = digest.map(Digest::from_hex)
+                {
+                    young.insert(digest);
+                }
+            }
+        }
+        Ok(young)
+    }
+
+    fn collect_but(&self, young: &BTreeSet<Digest>) -> Result<Collected, StoreError> {
         let lock = self.path("lock");
-        let leased = {
+        let mut leased = {
             let _exclusive = Lock::exclusive(&lock)?;
             self.leased()?
         };
+        leased.extend(young);
         let partial_bytes = self.drop_partial_layers(&leased)?;
         let _exclusive = Lock::exclusive(&lock)?;
         for damaged in self.drop_damaged_images()? {
             remove_tree(&damaged)?;
         }
         self.drop_unused_views()?;
-        let leased = self.leased()?;
+        let mut leased = self.leased()?;
+        leased.extend(young);
         let mut kept: BTreeSet<OsString> = BTreeSet::new();
         let mut records = Vec::new();
         for name in self.layer_records().names()? {

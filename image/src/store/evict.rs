@@ -252,7 +252,7 @@ impl Store {
         if self.space_now()?.above(limits.high) == 0 {
             return Ok(Evicted::default());
         }
-        let collected = self.collect()?;
+        let collected = self.collect_idle()?;
         let excess = self.space_now()?.above(limits.low);
         if excess == 0 {
             return Ok(Evicted { images: Vec::new(), collected });
@@ -300,7 +300,7 @@ impl Store {
             evicted.images.push(chosen.told.clone());
         }
         crash::point("evict: all images are gone");
-        evicted.collected = self.collect()?;
+        evicted.collected = self.collect_idle()?;
         Ok(evicted)
     }
 

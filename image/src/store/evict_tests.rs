@@ -265,6 +265,20 @@ fn a_partial_layer_that_a_waiting_pull_goes_on_with_is_not_collected() {
     assert!(listing(&store.path("ingest")).is_empty());
 }
 
+#[test]
+fn what_came_a_moment_ago_is_collected_by_hand_only() {
+    let (_dir, store) = store();
+    let limits = Limits { keep_for: HOUR, ..limited(store.clone(), 100 * KIB).limits() };
+    let store = store.with_limits(limits);
+    blob(&store, 1, 60);
+    let partial = store.ingest(&Digest::of(b"partial")).unwrap().unwrap();
+    fs::write(partial.folder().join("0000000"), noise(3, 40 * 1024)).unwrap();
+    drop(partial);
+    assert_eq!(store.keep_below_watermark().unwrap(), Evicted::default());
+    assert_eq!(store.room().unwrap().unused_bytes, 0);
+    assert_eq!(store.collect().unwrap(), Collected { objects: 1, bytes: 100 * KIB });
+}
+
 const CRASH_ROOT: &str = "CARPORT_EVICT_CRASH_ROOT";
 
 /// Runs in a process of its own, which `crash::point` ends.

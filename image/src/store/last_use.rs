@@ -1,7 +1,7 @@
 //! When an image was used last: the time of an empty file in the tree's folder.
 //!
-//! It is set when a pull finds the image and when a volume of it goes; while a volume shows it, it
-//! is in use. Nothing is synced: a time that a crash sets back costs an image its place in a
+//! It is set when the tree is made, when a pull finds the image and when a volume of it goes; while
+//! a volume shows it, it is in use. Nothing is synced: a time that a crash sets back costs an image its place in a
 //! queue, and a touch must cost a publish nothing.
 
 use std::time::SystemTime;
@@ -10,6 +10,9 @@ use rustix::fs::{CWD, Mode, OFlags, Timestamps, UTIME_NOW};
 
 use super::Store;
 use crate::digest::Digest;
+
+/// In the tree's folder.
+pub(super) const FILE: &str = "used";
 
 impl Store {
     /// Notes that the image is used now. A cheap call that cannot fail; for an image that is not
@@ -33,13 +36,13 @@ impl Store {
         }
     }
 
-    /// When the image was last asked for, or a volume of it ended; `None` where neither is known,
-    /// as of an image that was never used since it came.
+    /// When the image came, was last asked for, or a volume of it ended, whatever was last; `None`
+    /// for an image that is not here, or that an earlier version has made and nobody used since.
     pub fn last_used(&self, image: &Digest) -> Option<SystemTime> {
         std::fs::symlink_metadata(self.last_use_file(image)).ok()?.modified().ok()
     }
 
     fn last_use_file(&self, image: &Digest) -> std::path::PathBuf {
-        self.tree(image).join("used")
+        self.tree(image).join(FILE)
     }
 }

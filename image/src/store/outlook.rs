@@ -78,10 +78,11 @@ impl Store {
         Ok(Outlook { needed_bytes, room, evict, fits: true })
     }
 
-    /// What [`Store::collect`] would free: objects that no tree and no pull uses, and layers that
+    /// What making room would free before any image: objects that no tree and no pull uses, and layers that
     /// no pull goes on with.
     fn unused_bytes(&self, wanted: &Wanted) -> Result<u64, StoreError> {
-        let mut layers = wanted.layers.clone();
+        let mut layers = self.young_layers()?;
+        layers.extend(&wanted.layers);
         layers.extend(self.leases()?.into_iter().flat_map(|lease| lease.layers));
         let mut kept = BTreeSet::new();
         for layer in &layers {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{Context as _, StoreError};
 use super::ingest::remove_tree;
 use super::record::{self, Lock};
-use super::{Store, StoredImage, StoredLayer};
+use super::{Store, StoredImage, StoredLayer, last_use};
 use crate::crash;
 use crate::digest::{Digest, ObjectId};
 use crate::manifest::Packaging;
@@ -172,13 +172,16 @@ impl Store {
         };
         let json = serde_json::to_vec(&record)
             .map_err(|e| StoreError::Corrupt(format!("tree {}: {e}", new.digest)))?;
-        for (name, bytes) in
-            [("tree.json", &json[..]), ("manifest.json", new.manifest), ("config.json", new.config)]
-        {
+        for (name, bytes) in [
+            ("tree.json", &json[..]),
+            ("manifest.json", new.manifest),
+            ("config.json", new.config),
+            (last_use::FILE, b""),
+        ] {
             let path = staging.join(name);
             fs::write(&path, bytes).context(|| format!("write {}", path.display()))?;
         }
-        // One flush for ten thousand links and the three files; an fsync a directory would cost a
+        // One flush for ten thousand links and the four files; an fsync a directory would cost a
         // journal commit each.
         let staged = File::open(staging).context(|| format!("open {}", staging.display()))?;
         rustix::fs::syncfs(&staged).context(|| format!("sync {}", staging.display()))
