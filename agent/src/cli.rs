@@ -236,6 +236,19 @@ pub enum Command {
         #[arg(value_name = "REF", required = true)]
         references: Vec<String>,
     },
+    /// Read all that is stored, or some images, and repair what is damaged.
+    ///
+    /// Compares each file with its BLAKE3, and each image with its records. Only damaged files are
+    /// fetched again, from where the image came; a file of a compressed layer costs that layer. The
+    /// page cache of running models is left alone. Pods that have a damaged file open keep it until
+    /// they open it again. The daemon does the same on a schedule (store.scrub).
+    ///
+    /// Exits with 1 where damage is left.
+    ///
+    /// JSON: {objects, bytes, images, fetched_bytes, seconds, sound, damage: [{path, images, why,
+    /// outcome, message}]}; `outcome` is found, repaired or lost.
+    #[command(after_help = "Example:\n  carport verify --rate 200MB/s")]
+    Verify(VerifyArgs),
     /// Delete the bytes that no image uses.
     ///
     /// JSON: {objects, bytes}.
@@ -317,6 +330,23 @@ pub struct PlanArgs {
     /// Ask the registry what a tag means now, also where the store knows it.
     #[arg(long)]
     pub always: bool,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Flags of `carport verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// References or digests of images [default: all that is stored].
+    #[arg(value_name = "REF")]
+    pub references: Vec<String>,
+    /// Read no faster than this [default: as fast as the disk].
+    #[arg(long, value_name = "RATE")]
+    pub rate: Option<text::Rate>,
+    /// Tell of damage only, and change nothing.
+    #[arg(long)]
+    pub no_repair: bool,
     /// How registries are spoken to.
     #[command(flatten)]
     pub registry: RegistryArgs,

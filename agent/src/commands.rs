@@ -24,6 +24,7 @@ mod pins;
 mod plan;
 mod pull;
 mod status;
+mod verify;
 
 /// How long threads that hang (in a driver, on a dead disk) may hold up the process's end.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -108,6 +109,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Pack(arguments) => pack::run(output, config, arguments).await,
             Command::Ls => images::ls(output, &config),
             Command::Rm { references } => images::rm(output, &config, &references),
+            Command::Verify(arguments) => verify::run(output, config, arguments).await,
             Command::Gc => images::gc(output, &config),
             Command::Plan(arguments) => plan::run(output, config, arguments).await,
             Command::Du => du::run(output, &config),

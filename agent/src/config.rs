@@ -60,7 +60,7 @@ pub struct Config {
     pub log: Log,
 }
 
-/// How much the store may take, and when images are evicted.
+/// How much the store may take, when images are evicted, and how often it is verified.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Capacity {
@@ -79,6 +79,8 @@ pub struct Capacity {
     /// An image that was used so short ago stays.
     #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
     pub keep_for: Duration,
+    /// The verification of all that is stored, in the background.
+    pub scrub: Scrub,
 }
 
 /// The gRPC API of this node.
@@ -186,6 +188,20 @@ pub struct Pull {
     pub prefetch_bandwidth: Option<Rate>,
 }
 
+/// The verification of all that is stored, in the background.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Scrub {
+    /// How long after a round the next one begins; absent: there is none.
+    #[serde(
+        serialize_with = "humantime_serde::option::serialize",
+        deserialize_with = "text::optional_long_duration"
+    )]
+    pub interval: Option<Duration>,
+    /// How fast it reads.
+    pub rate: Rate,
+}
+
 /// What is pulled without being asked.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -270,6 +286,7 @@ impl Default for Capacity {
             low_watermark: 0.8,
             // A pull may end while the kubelet waits to ask for it again.
             keep_for: Limits::default().keep_for,
+            scrub: Scrub::default(),
         }
     }
 }
@@ -330,6 +347,13 @@ impl Default for Pull {
             bandwidth: None,
             prefetch_bandwidth: None,
         }
+    }
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        // A terabyte in five hours, on disks that read many times as fast.
+        Self { interval: Some(Duration::from_secs(7 * 86_400)), rate: Rate::SCRUB }
     }
 }
 

@@ -25,5 +25,6 @@ pub mod placement;
 pub mod prepull;
 pub mod progress;
 pub mod run;
+pub mod scrub;
 pub mod state;
 pub mod watermark;

@@ -24,10 +24,12 @@ use crate::placement::gpus::by_health;
 use crate::state::{NodeState, in_flight, same_pull};
 
 mod gpus;
+mod scrub;
 mod store;
 mod volumes;
 
 use gpus::GpuMetrics;
+pub use scrub::ScrubMetrics;
 pub use store::StoreMetrics;
 pub use volumes::VolumeMetrics;
 
@@ -49,6 +51,8 @@ pub struct Metrics {
     pub volumes: VolumeMetrics,
     /// What the store was asked to keep, and what went.
     pub store: StoreMetrics,
+    /// The scrub.
+    pub scrub: ScrubMetrics,
 }
 
 /// Pulls of this agent, whoever asked for them.
@@ -145,8 +149,9 @@ impl Default for Metrics {
         let prepull = PrepullMetrics::new(&mut registry);
         let volumes = VolumeMetrics::new(&mut registry);
         let store = StoreMetrics::new(&mut registry);
+        let scrub = ScrubMetrics::new(&mut registry);
         let node = NodeMetrics::new(&mut registry);
-        Self { registry, node, scrape: Mutex::default(), pulls, prepull, volumes, store }
+        Self { registry, node, scrape: Mutex::default(), pulls, prepull, volumes, store, scrub }
     }
 }
 

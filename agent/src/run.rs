@@ -34,6 +34,7 @@ use crate::gpu::{self, GpuHandle};
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
 use crate::prepull;
+use crate::scrub;
 use crate::state::{Keeper, NodeState};
 use crate::watermark;
 
@@ -150,6 +151,14 @@ impl Agent {
             watermark::run(kept, measured, stop).await;
             Ok(())
         });
+        if let Some(interval) = config.store.scrub.interval {
+            let (puller, metrics) = (puller.clone(), metrics.scrub.clone());
+            let rate = config.store.scrub.rate.bytes_per_second().get();
+            work.start(move |stop| async move {
+                scrub::run(puller, interval, rate, metrics, stop).await;
+                Ok(())
+            });
+        }
         rest.start(|stop| async move {
             keeper.run(stop).await;
             Ok(())

@@ -20,6 +20,7 @@
 //!   reservations/  rates/         room promised to what is to come; how fast registries have been
 //!   ingest/<sha256>/              a layer or tree on its way, with <sha256>.lock beside it
 //!   volumes/  leases/             small records
+//!   scrub.json                    how far the verification is that goes round and round
 //!   mounts/                       logs of the processes that serve FUSE mounts, locked while they live
 //! ```
 //!
@@ -73,6 +74,7 @@ mod rates;
 mod record;
 mod repair;
 mod reservations;
+mod scrub;
 mod sizes;
 mod told;
 mod trees;
@@ -93,6 +95,7 @@ pub use pins::{InvalidOwner, Owner, Pin, PinRequest};
 pub use record::Records;
 pub(crate) use repair::Repair;
 pub use reservations::Reservation;
+pub use scrub::ScrubRecord;
 pub(crate) use sizes::{BySize, Candidate, MIN_FILE_BYTES, Sizes};
 pub(crate) use trees::{EPOCH, NewTree, object_mode};
 pub(crate) use verify::{Checker, Fault, Part, TreeFault};

@@ -108,10 +108,12 @@ fn remove(store: &Store, name: &str) -> anyhow::Result<Removed> {
 pub(super) fn find(store: &Store, name: &str) -> anyhow::Result<Digest> {
     let hex = name.strip_prefix("sha256:").unwrap_or(name);
     if hex.len() >= 6 && hex.len() <= 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        let images = store.images()?;
-        let mut found = images.iter().filter(|image| image.digest.hex().starts_with(hex));
+        let stored = store.images()?.into_iter().map(|image| image.digest);
+        // Damaged ones can be taken out, too.
+        let mut found =
+            stored.chain(store.damaged_images()?).filter(|image| image.hex().starts_with(hex));
         match (found.next(), found.next()) {
-            (Some(image), None) => return Ok(image.digest),
+            (Some(image), None) => return Ok(image),
             (Some(_), Some(_)) => bail!("{name}: more than one image starts so; write more of it"),
             (None, _) => {}
         }

@@ -200,6 +200,9 @@ fn parse_window(text: &str) -> Result<ByteSize, String> {
 pub struct Rate(NonZeroU64);
 
 impl Rate {
+    /// What the scrub reads at unless told otherwise.
+    pub(super) const SCRUB: Self = Self(NonZeroU64::new(64 << 20).unwrap());
+
     /// In bytes a second.
     pub fn bytes_per_second(self) -> NonZeroU64 {
         self.0
@@ -308,6 +311,25 @@ where
     let text = Option::<String>::deserialize(from)?;
     let (second, year) = (Duration::from_secs(1), Duration::from_secs(365 * 86_400));
     text.map(|text| duration_within(&text, second, year).map_err(D::Error::custom)).transpose()
+}
+
+/// Of an hour to a year; null for never.
+pub(super) fn optional_long_duration<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<Duration>, D::Error> {
+    let parse = |text: &str| {
+        let duration = humantime::parse_duration(text).map_err(|_| {
+            format!("{text:?} is no duration; write a number and a unit, such as 7days")
+        })?;
+        match (Duration::from_secs(3600)..=Duration::from_secs(366 * 86_400)).contains(&duration) {
+            true => Ok(duration),
+            false => {
+                Err(format!("{text:?} is out of range; write something from 1h to 1year, or null"))
+            }
+        }
+    };
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|text| parse(&text).map_err(D::Error::custom)).transpose()
 }
 
 pub(super) fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
