@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 CARGO ?= cargo
+FUZZ_SECONDS ?= 30
 
 # What the build, the tests and the demo use besides Rust. All of it is in Debian and Ubuntu.
 PACKAGES := build-essential ca-certificates curl docker-registry fuse3 openssl pkg-config protobuf-compiler python3 skopeo util-linux zstd
@@ -46,6 +47,15 @@ test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else 
 .PHONY: soak
 soak: setup ## 50,000 volumes that come and go; `make test` has 5,000 (as root)
 	CARPORT_SOAK_CYCLES=50000 $(CARGO) test --package carport-tests --test node_soak -- --nocapture
+
+.PHONY: fuzz
+fuzz: setup ## Fuzz each parser of foreign bytes for FUZZ_SECONDS (30), where cargo-fuzz is installed
+	@if ! $(CARGO) fuzz --version >/dev/null 2>&1; then echo "fuzz: skipped: no cargo-fuzz; cargo install cargo-fuzz" >&2; exit 0; fi; \
+	for target in reference manifest tar credentials; do \
+		mkdir -p fuzz/target/corpus/$$target && \
+		$(CARGO) fuzz run --sanitizer none $$target fuzz/target/corpus/$$target fuzz/corpus/$$target -- \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -print_final_stats=1 || exit 1; \
+	done
 
 .PHONY: test-gpu
 test-gpu: setup ## Test the GPU inventory against this machine's NVIDIA driver, and print what it reports

@@ -12,6 +12,8 @@
 
 mod crash;
 pub mod digest;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod layer;
 pub mod manifest;
 pub mod pack;

@@ -240,7 +240,9 @@ impl Parser {
                     let mut body = std::mem::take(have);
                     body.truncate(length);
                     self.state = State::Header { have: Vec::new() };
-                    self.extension(kind, body)?;
+                    // Whatever the cut, an error names the same place: where its block begins.
+                    let at = self.offset + take as u64 - padded;
+                    self.extension(kind, body, at)?;
                 }
                 Ok((take, None))
             }
@@ -251,13 +253,14 @@ impl Parser {
                     return Ok((take, None));
                 }
                 let block = std::mem::take(have);
-                let event = self.header(&block)?;
+                let at = self.offset + take as u64 - BLOCK as u64;
+                let event = self.header(&block, at)?;
                 Ok((take, event))
             }
         }
     }
 
-    fn header(&mut self, block: &[u8]) -> Result<Option<Event<'static>>, TarError> {
+    fn header(&mut self, block: &[u8], at: u64) -> Result<Option<Event<'static>>, TarError> {
         if block.iter().all(|b| *b == 0) {
             self.state = State::Done;
             return Ok(None);
@@ -269,14 +272,14 @@ impl Parser {
             .map(|(at, b)| if (148..156).contains(&at) { 32 } else { u32::from(*b) })
             .sum();
         if header.cksum().ok() != Some(sum) {
-            return Err(self.broken("header checksum does not match: not a tar, or damaged"));
+            return Err(broken(at, "header checksum does not match: not a tar, or damaged"));
         }
-        let size = header.entry_size().map_err(|_| self.broken("unreadable size in header"))?;
+        let size = header.entry_size().map_err(|_| broken(at, "unreadable size in header"))?;
         let kind = header.entry_type();
 
         if let Some(kind) = extension(kind) {
             if size > MAX_EXTENSION_BYTES {
-                return Err(self.broken("extension header longer than 1 MiB"));
+                return Err(broken(at, "extension header longer than 1 MiB"));
             }
             self.state = State::Extension { kind, have: Vec::new(), left: size };
             return Ok(None);
@@ -345,7 +348,7 @@ impl Parser {
         Ok(Some(Event::Member(Member { path, kind })))
     }
 
-    fn extension(&mut self, kind: Extension, body: Vec<u8>) -> Result<(), TarError> {
+    fn extension(&mut self, kind: Extension, body: Vec<u8>, at: u64) -> Result<(), TarError> {
         let until_nul = |mut body: Vec<u8>| {
             if let Some(end) = body.iter().position(|b| *b == 0) {
                 body.truncate(end);
@@ -358,18 +361,18 @@ impl Parser {
             Extension::GnuLink => self.link = Some(until_nul(body)),
             Extension::Pax => {
                 for record in tar::PaxExtensions::new(&body) {
-                    let record = record.map_err(|_| self.broken("malformed pax record"))?;
+                    let record = record.map_err(|_| broken(at, "malformed pax record"))?;
                     match record.key_bytes() {
                         b"path" => self.path = Some(record.value_bytes().to_vec()),
                         b"linkpath" => self.link = Some(record.value_bytes().to_vec()),
                         b"size" => {
                             let size = record.value().ok().and_then(|v| v.parse().ok());
                             self.size = Some(
-                                size.ok_or_else(|| self.broken("malformed size in pax record"))?,
+                                size.ok_or_else(|| broken(at, "malformed size in pax record"))?,
                             );
                         }
                         key if key.starts_with(b"GNU.sparse.") => {
-                            return Err(self.broken("sparse files are not supported"));
+                            return Err(broken(at, "sparse files are not supported"));
                         }
                         // Owners, times and xattrs are dropped by design.
                         _ => {}
@@ -379,10 +382,10 @@ impl Parser {
         }
         Ok(())
     }
+}
 
-    fn broken(&self, why: &str) -> TarError {
-        TarError::Broken { offset: self.offset, why: why.to_owned() }
-    }
+fn broken(at: u64, why: &str) -> TarError {
+    TarError::Broken { offset: at, why: why.to_owned() }
 }
 
 fn extension(kind: tar::EntryType) -> Option<Extension> {
