@@ -134,7 +134,11 @@ struct Http {
 impl Http {
     fn new(options: &RegistryOptions, transport: &Transport) -> Result<Self, SourceError> {
         let fail = |error: reqwest::Error| {
-            SourceError::Invalid(format!("HTTP client: {}", error.without_url()))
+            // "builder error" alone tells nobody anything.
+            let error = error.without_url();
+            let causes = std::iter::successors(std::error::Error::source(&error), |e| e.source());
+            let why = causes.last().map(|cause| format!(": {cause}")).unwrap_or_default();
+            SourceError::Invalid(format!("HTTP client: {error}{why}"))
         };
         let common = || {
             let builder = Client::builder()

@@ -6,7 +6,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The disk said no.
-    #[error("{what}: {source}")]
+    #[error("{what}: {source}{}", hint(source))]
     Io {
         /// Verb and path.
         what: String,
@@ -28,6 +28,27 @@ pub enum StoreError {
     /// A record or object is not what it must be; the message says how to get past it.
     #[error("{0}")]
     Corrupt(String),
+}
+
+/// What a person can do about it.
+fn hint(error: &io::Error) -> &'static str {
+    use rustix::io::Errno;
+    match errno(error).map(Errno::from_raw_os_error) {
+        Some(Errno::ROFS) => {
+            ": the store's file system is read-only; look into the kernel's log, and mount it for writing"
+        }
+        Some(Errno::IO | Errno::UCLEAN) => {
+            ": the disk or its file system failed; look into the kernel's log"
+        }
+        Some(Errno::MFILE | Errno::NFILE) => ": raise the limit of open files (ulimit -n)",
+        _ => "",
+    }
+}
+
+/// The system's number. Errors of tempfile keep it in their text only.
+fn errno(error: &io::Error) -> Option<i32> {
+    let told = || error.to_string().split_once("(os error ")?.1.split_once(')')?.0.parse().ok();
+    error.raw_os_error().or_else(told)
 }
 
 impl StoreError {
