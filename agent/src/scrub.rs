@@ -32,7 +32,7 @@ pub async fn run(
     stop: CancellationToken,
 ) {
     loop {
-        let wait = match on_disk(&puller, |store| store.scrub()).await {
+        let wait = match on_disk(&puller, Store::scrub).await {
             Ok(record) => {
                 metrics.finished(record.finished_at);
                 due_in(&record, interval, SystemTime::now())
@@ -78,7 +78,7 @@ async fn round(
     metrics: &ScrubMetrics,
     stop: &CancellationToken,
 ) -> Result<(), PullError> {
-    let mut record = on_disk(puller, |store| store.scrub()).await?;
+    let mut record = on_disk(puller, Store::scrub).await?;
     let first_part = record.next_part.unwrap_or(0);
     tracing::info!(first_part, bytes_per_second, "scrub: reading what is stored");
     let control = Arc::new(VerifyControl::new(bytes_per_second));

@@ -307,6 +307,7 @@ async fn a_damaged_image_that_nobody_uses_goes_with_the_next_collection() {
     bench.verify(true).await;
     assert_eq!(bench.store().collect().unwrap().objects, 2, "what only it had");
     assert!(!bench.store().rootfs(&bench.tuned.digest).exists());
+    assert_eq!(listing(&bench.root().join("refs")).len(), 1, "the other image's");
     let report = bench.verify(false).await;
     assert_eq!((report.damage, report.images), (vec![], 1));
 }

@@ -218,8 +218,14 @@ impl Store {
     pub(super) fn drop_damaged_images(&self) -> Result<Vec<PathBuf>, StoreError> {
         let mut detached = Vec::new();
         for image in self.damaged_images()? {
-            if self.volume_of(&image)?.is_none() {
-                detached.extend(super::trees::detach(self, &image)?);
+            if self.volume_of(&image)?.is_some() {
+                continue;
+            }
+            detached.extend(super::trees::detach(self, &image)?);
+            for (name, record) in self.ref_records().list::<super::RefRecord>()? {
+                if record.image == image {
+                    self.ref_records().remove(&name)?;
+                }
             }
         }
         Ok(detached)

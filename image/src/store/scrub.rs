@@ -27,7 +27,7 @@ impl Store {
             Ok(Some(record)) => return Ok(record),
             Ok(None) => {}
             Err(StoreError::Corrupt(why)) => {
-                tracing::warn!(%why, "a damaged record counts as none")
+                tracing::warn!(%why, "a damaged record counts as none");
             }
             Err(e) => return Err(e),
         }
