@@ -82,6 +82,7 @@ mod verify;
 mod views;
 
 pub(crate) use access::{AccessRecord, Standing};
+pub(crate) use capacity::Admission;
 pub use capacity::{Held, Limits, Promised, Room, Space};
 pub use collect::Collected;
 pub use error::StoreError;

@@ -86,6 +86,15 @@ impl Plan {
         ranges.collect()
     }
 
+    /// Bytes that came while it was made, and are of use.
+    pub(crate) fn held(&self) -> u64 {
+        let held = self.segments.iter().filter_map(|segment| match segment {
+            Segment::Held(bytes) => Some(bytes.len() as u64),
+            _ => None,
+        });
+        held.sum()
+    }
+
     /// The stored objects that it counts on.
     pub(crate) fn locals(&self) -> impl Iterator<Item = &Local> {
         self.segments.iter().filter_map(|segment| match segment {

@@ -18,7 +18,8 @@ pub struct Plan {
     pub images: Vec<PlannedImage>,
     /// Sum of all layers as they travel, each image for itself.
     pub download_bytes: u64,
-    /// Of these, what is not here: each layer once, less what an interrupted pull has left.
+    /// Of these, what would be fetched: each layer once, without files that are here already, less
+    /// what an interrupted pull has left.
     pub missing_bytes: u64,
     /// What would be written; at least that much where a layer is compressed.
     pub needed_bytes: u64,
@@ -45,7 +46,8 @@ pub struct PlannedImage {
     pub present: bool,
     /// Sum of its layers as they travel.
     pub download_bytes: u64,
-    /// Of these, what neither is here nor comes with an image before it.
+    /// Of these, what would be fetched for it: what neither is here nor comes in a layer of an image
+    /// before it.
     pub missing_bytes: u64,
     /// What its registry has given lately.
     pub bytes_per_second: Option<f64>,
@@ -55,8 +57,8 @@ pub struct PlannedImage {
 struct Found {
     digest: Digest,
     download_bytes: u64,
-    /// Absent: the image is here.
-    layers: Option<BTreeSet<(Layer, Option<Digest>)>>,
+    /// Its layers, and what would be fetched of those that are missing. Absent: the image is here.
+    layers: Option<(BTreeSet<Layer>, BTreeMap<String, u64>)>,
 }
 
 impl Puller {
@@ -109,8 +111,12 @@ impl Inner {
         }
         let config = self.config(&*source, image.config).await?;
         let layers = image.layers_with(&config)?;
-        let layers = Some(layers.iter().map(PlacedLayer::key).collect());
-        Ok(Found { digest, download_bytes, layers })
+        let layers: BTreeSet<_> = layers.iter().map(PlacedLayer::key).collect();
+        let keys = layers.clone();
+        let mut missing = self.disk(move |store| store.missing(&keys)).await?;
+        self.lower(&source, &layers, &mut missing).await;
+        let layers = layers.into_iter().map(|(layer, _)| layer).collect();
+        Ok(Found { digest, download_bytes, layers: Some((layers, missing)) })
     }
 }
 
@@ -128,11 +134,10 @@ fn weigh(
     for (reference, Found { digest, download_bytes, layers }) in references.into_iter().zip(found) {
         wanted.images.insert(digest);
         let present = layers.is_none();
-        let layers = layers.unwrap_or_default();
-        wanted.layers.extend(layers.iter().map(|(layer, _)| layer.blob.digest));
-        let mut own = store.missing(&layers)?;
+        let (layers, mut own) = layers.unwrap_or_default();
+        wanted.layers.extend(layers.iter().map(|layer| layer.blob.digest));
         own.retain(|name, _| !missing.contains_key(name));
-        at_least |= layers.iter().any(|(layer, _)| {
+        at_least |= layers.iter().any(|layer| {
             layer.compression != Compression::None && own.contains_key(&layer.record_name())
         });
         let missing_bytes = store.to_write(&own)?;

@@ -1,6 +1,6 @@
 //! One pull, from its reference to its tree.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,8 +14,9 @@ use super::layers::{LayerDone, LayerFlight};
 use super::{Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
 use crate::digest::Digest;
 use crate::manifest::{Blob, ImageManifest, Manifest, PlacedLayer};
+use crate::reference::Reference;
 use crate::source::{Audience, ManifestName, RawManifest, Source, SourceError};
-use crate::store::{Lease, NewTree, RefRecord, Store, StoreError, StoredLayer};
+use crate::store::{Admission, Lease, NewTree, RefRecord, Store, StoreError, StoredLayer};
 use crate::tree::Tree;
 
 /// How often a tree that another process makes is looked at.
@@ -256,10 +257,8 @@ impl Inner {
         let layers = image.layers_with(&config)?;
 
         // Nothing that is gathered from here on is collected before the tree stands.
-        let distinct = layers.iter().map(PlacedLayer::key).collect();
         let (digest, reference) = (image.digest, request.reference.clone());
-        let asked = reference.clone();
-        let lease = self.disk(move |store| store.admit(&digest, &asked, &distinct)).await?;
+        let lease = self.admit(source, digest, &reference, &layers).await?;
         let started = Instant::now();
         let cost = self.bring_layers(source, &layers, entry).await?;
         let took = started.elapsed();
@@ -286,6 +285,39 @@ impl Inner {
             tracing::warn!(image = %digest, %error, "cannot note what the pull took");
         }
         Ok((cost, lease))
+    }
+
+    /// Lets the pull in, as soon as there is room for it.
+    async fn admit(
+        self: &Arc<Self>,
+        source: &Arc<dyn Source>,
+        image: Digest,
+        reference: &Reference,
+        layers: &[PlacedLayer],
+    ) -> Result<Lease, PullError> {
+        let distinct: BTreeSet<_> = layers.iter().map(PlacedLayer::key).collect();
+        let mut pull = Admission {
+            image,
+            reference: reference.clone(),
+            layers: distinct.iter().map(|(layer, _)| layer.blob.digest).collect(),
+            coming: BTreeMap::new(),
+        };
+        let keys = distinct.clone();
+        let (asked, lease) = self
+            .disk(move |store| {
+                pull.coming = store.missing(&keys)?;
+                let lease = store.admit(&pull, false)?;
+                Ok((pull, lease))
+            })
+            .await?;
+        if let Some(lease) = lease {
+            return Ok(lease);
+        }
+        // It is tight: worth a look at how much of the layers would come at all.
+        let mut pull = asked;
+        self.lower(source, &distinct, &mut pull.coming).await;
+        let lease = self.disk(move |store| store.admit(&pull, true)).await?;
+        lease.ok_or_else(|| PullError::Cancelled(format!("pull {reference}: was not let in")))
     }
 
     async fn bring_layers(

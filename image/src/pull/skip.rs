@@ -21,9 +21,10 @@
 //!   is asked, and requests, bytes, and local reads are bounded.
 //! - **No byte is fetched twice**: what came while looking becomes part of the plan.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
@@ -32,6 +33,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Inner;
 use super::layers::LayerState;
+use super::meter::Meter;
+use super::slots::{Priority, Urgency};
 use crate::digest::{Digest, ObjectId};
 use crate::layer::tar::{Event, MemberKind, Parser};
 use crate::layer::{FileReader, Local, Outset, Plan, Told, overlaps};
@@ -63,6 +66,9 @@ const HASH_BUDGET_BYTES: u64 = 1024 * 1024 * 1024;
 /// it may be: what compresses so well is fetched soon, and bounds what a hostile table makes us read.
 const MIN_SAVED_BYTES: u64 = 64 * 1024;
 const MOST_COMPRESSED: u64 = 64;
+
+/// Layers that are looked at side by side, before any is begun.
+const LOOKS: usize = 4;
 
 /// What a plan is made for.
 pub(super) struct Subject {
@@ -145,6 +151,60 @@ impl Inner {
             !stop.is_cancelled()
         });
         Plan::of(rest.start..end, locals, &held, told)
+    }
+
+    /// Lowers what `coming` says of missing layers to what would be fetched of each, where the store
+    /// has the rest. Nothing is kept of it but the figure.
+    ///
+    /// # Cancel safety
+    ///
+    /// What has not been looked at keeps its figure.
+    pub(super) async fn lower(
+        &self,
+        source: &Arc<dyn Source>,
+        layers: &BTreeSet<(Layer, Option<Digest>)>,
+        coming: &mut BTreeMap<String, u64>,
+    ) {
+        let mut missing: Vec<(Layer, Option<Digest>)> = layers.iter().copied().collect();
+        missing.retain(|(layer, _)| coming.contains_key(&layer.record_name()));
+        for some in missing.chunks(LOOKS) {
+            let mut looks = Vec::new();
+            for (layer, diff_id) in some {
+                looks.push(self.would_fetch(source, *layer, *diff_id));
+            }
+            for ((layer, _), bytes) in some.iter().zip(join_all(looks).await) {
+                if let (Some(figure), Some(bytes)) = (coming.get_mut(&layer.record_name()), bytes) {
+                    *figure = bytes.min(*figure);
+                }
+            }
+        }
+    }
+
+    /// What of a layer would be fetched, if it were begun now; `None` where that cannot be told.
+    async fn would_fetch(
+        &self,
+        source: &Arc<dyn Source>,
+        layer: Layer,
+        diff_id: Option<Digest>,
+    ) -> Option<u64> {
+        // Candidates are linked, so that they stay while they are looked at.
+        let folder = self.disk(|store| store.scratch()).await.ok()?;
+        let outset = Outset {
+            folder: folder.path().to_owned(),
+            offset: 0,
+            parser: (layer.content == Content::Tar).then(Parser::new),
+            begun: None,
+        };
+        let state = LayerState {
+            meter: Arc::new(Meter::new(Instant::now())),
+            urgency: Arc::new(Urgency::new(Priority::Demand)),
+        };
+        let subject = Subject { source: Arc::clone(source), layer, diff_id, outset, state };
+        let plan = self.plan(subject, &CancellationToken::new()).await;
+        let bytes = plan.network().iter().map(length).sum::<u64>() + plan.held();
+        // Removing it is disk work, too; a failure leaves it to the next start.
+        let _ = self.disk(move |_| Ok(drop(folder))).await;
+        Some(bytes)
     }
 
     /// After a plan turned out wrong: takes away those of its objects that are damaged, since a

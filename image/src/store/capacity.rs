@@ -216,8 +216,10 @@ impl Store {
                 continue;
             };
             // Commits and removals of others go on meanwhile: what has gone takes nothing.
-            let bytes = files.flatten().filter_map(|file| file.metadata().ok());
-            found.insert(name, bytes.map(|meta| meta.blocks() * 512).sum());
+            // And what is linked from there counts where it is.
+            let own = files.flatten().filter_map(|file| file.metadata().ok());
+            let own = own.filter(|meta| meta.nlink() == 1);
+            found.insert(name, own.map(|meta| meta.blocks() * 512).sum());
         }
         Ok(found)
     }
@@ -289,42 +291,53 @@ impl Store {
         Lock::exclusive(&self.path("admission"))
     }
 
-    /// Leases `layers` (with what the image says that they unpack to) for the pull of an image, once there is room for those that are missing.
+    /// Leases the layers of a pull when there is room for what is coming, and makes some where `evict`
+    /// says so; `None` where it does not, and there is less than plenty.
     ///
     /// # Errors
     ///
-    /// [`StoreError::NoSpace`] with the numbers when there is not: nothing was evicted then, unless
-    /// somebody took what was freed.
-    pub(crate) fn admit(
-        &self,
-        image: &Digest,
-        reference: &Reference,
-        layers: &BTreeSet<(Layer, Option<Digest>)>,
-    ) -> Result<Lease, StoreError> {
+    /// [`StoreError::NoSpace`] with the numbers when none can be made: nothing was evicted then,
+    /// unless somebody took what was freed.
+    pub(crate) fn admit(&self, pull: &Admission, evict: bool) -> Result<Option<Lease>, StoreError> {
+        let Admission { image, reference, layers, coming } = pull;
         let _turn = self.admission()?;
         let (others, _) = self.promised(|_| true)?;
-        let coming = self.missing(layers)?;
         // Before anything is evicted: what is here of this image must not go with another.
         let lease = self.lease(&Leased {
-            layers: layers.iter().map(|(layer, _)| layer.blob.digest).collect(),
+            layers: layers.clone(),
             image: Some(*image),
             reference: Some(reference.clone()),
             coming: coming.clone(),
         })?;
         // A layer that another pull brings was promised to that one.
-        let own: BTreeMap<String, u64> =
-            coming.into_iter().filter(|(name, _)| !others.contains_key(name)).collect();
-        if !own.is_empty() {
-            let what = format!("pull {reference}");
-            self.make_room(&what, Reason::Pull, || {
-                let needed = self.to_write(&own)?;
-                let (_, mut taken) =
-                    self.promised(|one| one.reference.as_ref() == Some(reference))?;
-                taken.pulls_bytes = taken.pulls_bytes.saturating_sub(needed);
-                Ok((needed, taken))
-            })?;
+        let mut own = coming.clone();
+        own.retain(|name, _| !others.contains_key(name));
+        let demand = || {
+            let needed = self.to_write(&own)?;
+            let (_, mut taken) = self.promised(|one| one.reference.as_ref() == Some(reference))?;
+            taken.pulls_bytes = taken.pulls_bytes.saturating_sub(needed);
+            Ok((needed, taken))
+        };
+        if own.is_empty() || self.is_plenty(&demand)? {
+            return Ok(Some(lease));
         }
-        Ok(lease)
+        if !evict {
+            return Ok(None);
+        }
+        self.make_room(&format!("pull {reference}"), Reason::Pull, demand)?;
+        Ok(Some(lease))
+    }
+
+    /// Whether what `demand` asks for fits below the high watermark.
+    fn is_plenty(
+        &self,
+        demand: impl Fn() -> Result<(u64, Promised), StoreError>,
+    ) -> Result<bool, StoreError> {
+        let fits = |space: Space| {
+            let (needed, taken) = demand()?;
+            Ok(space.excess(taken.total().saturating_add(needed), self.limits.high) == 0)
+        };
+        Ok(fits(self.space()?)? || fits(self.space_now()?)?)
     }
 
     /// The room that a pull of this reference had reserved is used up now.
@@ -347,9 +360,7 @@ impl Store {
     ) -> Result<(), StoreError> {
         let coming = |(needed, taken): (u64, Promised)| taken.total().saturating_add(needed);
         let high = self.limits.high;
-        if self.space()?.excess(coming(demand()?), high) == 0
-            || self.space_now()?.excess(coming(demand()?), high) == 0
-        {
+        if self.is_plenty(&demand)? {
             return Ok(());
         }
         // What nobody uses goes before any image.
@@ -379,6 +390,19 @@ impl Store {
             rounds += 1;
         }
     }
+}
+
+/// A pull that wants to be let in.
+#[derive(Debug, Clone)]
+pub(crate) struct Admission {
+    /// What it brings.
+    pub(crate) image: Digest,
+    /// As it was asked for.
+    pub(crate) reference: Reference,
+    /// All of its layers.
+    pub(crate) layers: BTreeSet<Digest>,
+    /// Those of them that are missing, as [`Store::missing`] has them.
+    pub(crate) coming: BTreeMap<String, u64>,
 }
 
 /// What the images hold of the disk; each byte counts once, under the first reason that holds.

@@ -3,7 +3,7 @@ use std::time::SystemTime;
 use super::*;
 use crate::manifest::{Blob, Compression, Content};
 use crate::store::StoreError;
-use crate::store::tests::{layer, put_image, put_layer, reference};
+use crate::store::tests::{admitted, layer, put_image, put_layer, reference};
 use crate::testing::{noise, store};
 
 const KIB: u64 = 1024;
@@ -24,7 +24,7 @@ fn with_quota(store: Store, quota: u64) -> Store {
 
 fn admit(store: &Store, name: &str, layers: &[Layer]) -> Result<Lease, StoreError> {
     let image = Digest::of(name.as_bytes());
-    store.admit(&image, &reference(name), &layers.iter().map(|layer| (*layer, None)).collect())
+    admitted(store, image, reference(name), layers)
 }
 
 /// What a refusal says.

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 
 use super::*;
-use crate::store::tests::{layer, put_image, put_layer, reference};
+use crate::store::tests::{admitted, layer, put_image, put_layer, reference};
 use crate::store::{Limits, PinRequest, RecordKind};
 use crate::testing::{listing, noise, store};
 
@@ -144,7 +144,7 @@ fn what_somebody_holds_is_never_a_candidate() {
     mount(&store, &mounted);
     let request = PinRequest { owner: "ops".parse().unwrap(), expires_at: None };
     store.pin(&pinned, None, &request).unwrap();
-    let lease = store.admit(&coming, &reference("coming"), &[(layer(&d), None)].into()).unwrap();
+    let lease = admitted(&store, coming, reference("coming"), &[layer(&d)]).unwrap();
     assert_eq!(chosen(&store, u64::MAX), (vec![idle], 40 * KIB));
     let held = store.holdings(&Wanted::default()).unwrap().held();
     let expected = crate::store::Held {
@@ -156,8 +156,7 @@ fn what_somebody_holds_is_never_a_candidate() {
     assert_eq!(held, expected);
     drop(lease);
     // Content that a pull of another image counts on is not freed with this one.
-    let lease =
-        store.admit(&Digest::of(b"new"), &reference("new"), &[(layer(&e), None)].into()).unwrap();
+    let lease = admitted(&store, Digest::of(b"new"), reference("new"), &[layer(&e)]).unwrap();
     assert_eq!(chosen(&store, u64::MAX), (vec![coming], 40 * KIB));
     drop(lease);
 
@@ -235,7 +234,7 @@ fn a_pull_that_fits_with_an_eviction_evicts_first_and_one_that_does_not_evicts_n
     let admit = |kib| {
         let mut coming = layer(&Digest::of(b"coming"));
         coming.blob.size = kib * KIB;
-        store.admit(&Digest::of(b"new"), &reference("new"), &[(coming, None)].into())
+        admitted(&store, Digest::of(b"new"), reference("new"), &[coming])
     };
     let error = admit(161).unwrap_err().to_string();
     assert!(error.contains("80.0 KiB is free of the quota of 200.0 KiB; 80.0 KiB could be evicted, 40.0 KiB is mounted"), "{error}");
@@ -253,8 +252,7 @@ fn a_pull_that_fits_with_an_eviction_evicts_first_and_one_that_does_not_evicts_n
 fn a_partial_layer_that_a_waiting_pull_goes_on_with_is_not_collected() {
     let (_dir, store) = store();
     let coming = layer(&Digest::of(b"coming"));
-    let lease =
-        store.admit(&Digest::of(b"new"), &reference("new"), &[(coming, None)].into()).unwrap();
+    let lease = admitted(&store, Digest::of(b"new"), reference("new"), &[coming]).unwrap();
     let ingest = store.ingest(&coming.blob.digest).unwrap().unwrap();
     fs::write(ingest.folder().join("0000000"), b"partial").unwrap();
     drop(ingest);

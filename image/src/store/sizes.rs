@@ -96,6 +96,14 @@ impl Store {
         Ok(Arc::clone(&sizes.by_size))
     }
 
+    /// A folder for links to objects, removed with all that is in it when dropped, and at the next
+    /// start when that could not be.
+    pub(crate) fn scratch(&self) -> Result<tempfile::TempDir, StoreError> {
+        let ingest = self.path("ingest");
+        let made = tempfile::Builder::new().prefix("removed-").tempdir_in(&ingest);
+        made.context(|| format!("make a folder in {}", ingest.display()))
+    }
+
     /// Where an object's file is.
     pub(crate) fn object_path(&self, id: &ObjectId) -> PathBuf {
         self.object(id)

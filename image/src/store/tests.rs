@@ -342,3 +342,17 @@ fn a_crash_at_any_step_of_a_commit_is_mended_by_the_next_start() {
         }
     }
 }
+
+/// Lets a pull of these layers in, whatever must be evicted for it.
+pub(super) fn admitted(
+    store: &Store,
+    image: Digest,
+    reference: Reference,
+    layers: &[Layer],
+) -> Result<Lease, StoreError> {
+    let keys = layers.iter().map(|layer| (*layer, None)).collect();
+    let layers = layers.iter().map(|layer| layer.blob.digest).collect();
+    let coming = store.missing(&keys)?;
+    let admission = Admission { image, reference, layers, coming };
+    Ok(store.admit(&admission, true)?.expect("evicting leaves no third way"))
+}

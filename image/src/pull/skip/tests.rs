@@ -288,3 +288,34 @@ async fn a_crash_at_any_step_of_a_pull_that_skips_loses_nothing() {
         }
     }
 }
+
+#[tokio::test]
+async fn what_is_here_already_needs_no_room() {
+    let (shared, own) = (noise(50, 8 * MIB), noise(51, 2 * MIB));
+    let mut bench = bench(&[("base", &shared)]).await;
+    let entries = [Entry::File("a", &shared), Entry::File("b", &own)];
+    let layer = bench.layout.layer(&tar(&entries), Compression::None);
+    let tune = bench.layout.image("tune", &[layer]);
+    let plan = bench.puller.plan(&[PullRequest::new(tune.clone())]).await.unwrap();
+    assert!(plan.download_bytes > 10 * MIB as u64, "{plan:?}");
+    assert!((2 * MIB as u64..2 * MIB as u64 + 65_536).contains(&plan.missing_bytes), "{plan:?}");
+
+    // A quota that what is new fits into, and the layer does not; the base may not go.
+    let root = bench.dir.path().join("store");
+    let limits = crate::store::Limits {
+        quota_bytes: Some(11 * MIB as u64),
+        ..crate::store::Limits::default()
+    };
+    let sources = Sources::new(RegistryOptions::default()).unwrap();
+    let store = Store::open(&root).unwrap().with_limits(limits);
+    bench.puller = Puller::new(store, sources, PullOptions::default());
+    let pulled = bench.pull(&tune).await.unwrap();
+    bench.assert_tree(&pulled, &[("a", &shared), ("b", &own)], "tight");
+    assert_eq!(bench.puller.store().images().unwrap().len(), 2, "nothing was evicted");
+
+    let large =
+        bench.layout.layer(&tar(&[Entry::File("c", &noise(52, 2 * MIB))]), Compression::None);
+    let large = bench.layout.image("large", &[large]);
+    let refused = bench.pull(&large).await.unwrap_err();
+    assert_eq!(refused.reason(), "no_space", "{refused}");
+}
