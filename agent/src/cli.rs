@@ -279,6 +279,12 @@ pub struct AgentArgs {
     /// The list of images to have on this node.
     #[arg(long, env = "CARPORT_PREPULL_LIST", value_name = "FILE", value_parser = text::parse_absolute)]
     pub prepull_list: Option<PathBuf>,
+    /// Labels of this node, for entries of the list that ask for some; added to the file's.
+    #[arg(long = "node-label", env = "CARPORT_NODE_LABELS", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = text::parse_label)]
+    pub node_labels: Vec<(String, String)>,
+    /// A file with more labels, as the downward API writes it.
+    #[arg(long, env = "CARPORT_NODE_LABELS_FILE", value_name = "FILE", value_parser = text::parse_absolute)]
+    pub node_labels_file: Option<PathBuf>,
     /// Whether GPUs are looked at [default: true].
     #[arg(long, env = "CARPORT_GPU", value_name = "BOOL")]
     pub gpu: Option<bool>,
@@ -485,6 +491,10 @@ impl AgentArgs {
         }
         if self.prepull_list.is_some() {
             config.prepull.list.clone_from(&self.prepull_list);
+        }
+        config.prepull.node_labels.extend(self.node_labels.iter().cloned());
+        if self.node_labels_file.is_some() {
+            config.prepull.node_labels_file.clone_from(&self.node_labels_file);
         }
         self.registry.apply(config);
     }

@@ -12,6 +12,7 @@
 //! Keys are camelCase as in Kubernetes, sizes (`64MiB`) and durations (`10s`)
 //! are text. `docs/configuration.md` names every field; a test holds it true.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -203,12 +204,20 @@ pub struct Scrub {
 }
 
 /// What is pulled without being asked.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Prepull {
     /// A YAML file with the images to have on this node, followed when it changes.
     #[serde(deserialize_with = "text::optional_absolute")]
     pub list: Option<PathBuf>,
+    /// The first pull waits for a random part of this.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
+    pub start_jitter: Duration,
+    /// Labels of this node, for entries that ask for some.
+    pub node_labels: BTreeMap<String, String>,
+    /// A file with more of them, `key="value"` a line, as the downward API writes it.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub node_labels_file: Option<PathBuf>,
 }
 
 /// The GPU inventory.
@@ -354,6 +363,18 @@ impl Default for Scrub {
     fn default() -> Self {
         // A terabyte in five hours, on disks that read many times as fast.
         Self { interval: Some(Duration::from_secs(7 * 86_400)), rate: Rate::SCRUB }
+    }
+}
+
+impl Default for Prepull {
+    fn default() -> Self {
+        Self {
+            list: None,
+            // Spreads a fleet that starts at once, and is nothing beside a model's pull.
+            start_jitter: Duration::from_secs(5),
+            node_labels: BTreeMap::new(),
+            node_labels_file: None,
+        }
     }
 }
 

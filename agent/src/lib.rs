@@ -28,3 +28,4 @@ pub mod run;
 pub mod scrub;
 pub mod state;
 pub mod watermark;
+pub mod warm;

@@ -21,6 +21,7 @@ use prometheus_client::registry::Registry;
 
 use crate::gpu::ProviderState;
 use crate::placement::gpus::by_health;
+use crate::prepull::{EntryReport, EntryState};
 use crate::state::{NodeState, in_flight, same_pull};
 
 mod gpus;
@@ -31,6 +32,8 @@ mod volumes;
 use gpus::GpuMetrics;
 pub use scrub::ScrubMetrics;
 pub use store::StoreMetrics;
+#[cfg(test)]
+pub(crate) use gpus::tests::one_gpu;
 pub use volumes::VolumeMetrics;
 
 /// What an OpenMetrics scraper expects to be told.
@@ -123,7 +126,14 @@ const FAILURE_REASONS: [&str; 11] = [
 ];
 
 /// States of entries of the pre-pull list.
-const ENTRY_STATES: [&str; 3] = ["pulling", "ready", "failed"];
+const ENTRY_STATES: [EntryState; 6] = [
+    EntryState::Waiting,
+    EntryState::Excluded,
+    EntryState::Pulling,
+    EntryState::Ready,
+    EntryState::NoRoom,
+    EntryState::Failed,
+];
 
 const PROVIDER_STATES: [ProviderState; 9] = [
     ProviderState::Ok,
@@ -236,9 +246,7 @@ impl PrepullMetrics {
     fn new(registry: &mut Registry) -> Self {
         let metrics =
             Self { entries: Family::default(), valid: Gauge::default(), reads: Family::default() };
-        for state in ENTRY_STATES {
-            let _ = metrics.entries.get_or_create(&StateLabel { state: state.into() });
-        }
+        metrics.entries(&[]);
         for label in [DONE, FAILED] {
             let _ = metrics.reads.get_or_create(&label);
         }
@@ -268,9 +276,10 @@ impl PrepullMetrics {
     }
 
     /// How many entries are in each state.
-    pub fn entries(&self, pulling: usize, ready: usize, failed: usize) {
-        for (state, count) in ENTRY_STATES.into_iter().zip([pulling, ready, failed]) {
-            let label = StateLabel { state: state.into() };
+    pub fn entries(&self, entries: &[EntryReport]) {
+        for state in ENTRY_STATES {
+            let count = entries.iter().filter(|entry| entry.state == state).count();
+            let label = StateLabel { state: state.as_str().into() };
             self.entries.get_or_create(&label).set(signed(count as u64));
         }
     }
@@ -351,7 +360,7 @@ mod tests {
         let document = std::fs::read_to_string(path).unwrap();
         // A family without GPUs is not written.
         let mut state = node(vec![]);
-        state.gpus = gpus::tests::one_gpu();
+        state.gpus = one_gpu();
         let text = Metrics::default().encode(&state).unwrap();
         let mut described: Vec<String> = Vec::new();
         for line in text.lines().filter(|line| line.starts_with("# TYPE ")) {

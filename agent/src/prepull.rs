@@ -1,242 +1,354 @@
 //! Pre-pull by declaration: what a list names is brought to the node.
 //!
 //! ```text
-//! list file ─► List ─► one task an entry ─► Puller
-//!   ▲ directory watch, a look a minute       └ failed: again, later and later
+//! list, labels ─► List ─► Plan ─► tries, a few at a time ─► Puller ─► pin, warm
+//!   ▲ directory watch,     ▲                                  │
+//!     a look a minute      └── how each ended, clocks, GPUs ◄─┘ ─► Report ─► node's state, metrics
 //! ```
 //!
-//! The list is a YAML file, mostly a mounted ConfigMap:
-//!
-//! ```yaml
-//! images:
-//!   - image: registry.example/team/llama:v1
-//!   - image: registry.example/team/embedder@sha256:…
-//! ```
+//! The list is a YAML file, mostly a mounted ConfigMap; `docs/prepull.md` describes it. How it is
+//! read is in [`list`]; when an entry may be pulled in [`schedule`] and [`when`]; what comes next in
+//! `plan`.
 //!
 //! # What always holds
 //!
-//! - **A bad list changes nothing.** The last good one stays in force, and logs and metrics say so.
+//! - **A bad list changes nothing.** The last good one stays in force; log, metrics and the
+//!   node's reasons say so.
 //! - **The directory is watched, not the file**: a ConfigMap changes by the swap of a `..data` link,
 //!   in which the file itself is never written. Contents are compared; a list that
 //!   reads the same is no event.
-//! - **What leaves the list stops being pulled** and stays in the store if it is there.
+//! - **What leaves the list stops being pulled** and loses its pin. What a volume shows stays.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use carport_image::pull::{Priority, PullRequest};
-use carport_image::{Puller, Reference};
+use carport_image::pull::{Bandwidth, Priority, PullPolicy, PullRequest};
+use carport_image::{Digest, PullError, Puller, Reference};
+use jiff::Timestamp;
 use notify::{RecursiveMode, Watcher as _};
-use serde::Deserialize;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::ConfigError;
-use crate::config::load::{parse, read};
+use crate::config::Rate;
+use crate::config::load::read;
+use crate::gpu::GpuInventory;
 use crate::metrics::Metrics;
+use crate::state::NodeState;
+use crate::warm::Warmer;
+
+pub mod list;
+mod plan;
+pub mod schedule;
+pub mod when;
+
+pub use list::{Entry, List};
+use plan::{Ended, Node, Plan, Start};
+use when::Labels;
 
 /// The file is looked at after so long, whatever the watch says.
 const SAFETY_NET: Duration = Duration::from_secs(60);
+/// The same where the directory cannot be watched: the kernel gives out a limited number of watches.
+const UNWATCHED: Duration = Duration::from_secs(5);
 /// A swap is several events; they are answered by one look.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-/// The first retry of an entry that failed; doubled each time up to [`MAX_RETRY`].
-const FIRST_RETRY: Duration = Duration::from_secs(10);
-/// An image that is pushed to a registry later is then found within so long.
-const MAX_RETRY: Duration = Duration::from_secs(300);
-/// More entries than a node could ever hold.
-const MAX_ENTRIES: usize = 10_000;
+/// Windows open and shut by the wall clock, which may jump: it is looked at so often.
+const WALL_CLOCK: Duration = Duration::from_secs(15);
 
-/// What should be on the node.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct List {
-    /// The images, in the order in which they are asked for.
-    #[serde(default)]
-    pub images: Vec<Entry>,
-}
-
-/// One image.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Entry {
-    /// Where it comes from.
-    pub image: Reference,
-}
-
-impl List {
-    /// Reads a list; `path` is for messages only.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError`], naming line and field.
-    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let list: Self = parse(path, text)?;
-        if list.images.len() > MAX_ENTRIES {
-            let why = format!("{} entries; list at most {MAX_ENTRIES}", list.images.len());
-            return Err(ConfigError::field(&format!("{}: images", path.display()), &why));
-        }
-        Ok(list)
-    }
-}
-
-/// Where an entry is.
+/// Where an entry of the list is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum EntryState {
+pub enum EntryState {
+    /// Its turn has not come, or its window is shut.
+    Waiting,
+    /// It is for other nodes.
+    Excluded,
+    /// On its way.
     Pulling,
+    /// Here.
     Ready,
+    /// The disk has no room for it; tried again.
+    NoRoom,
+    /// It could not be pulled; tried again.
     Failed,
 }
 
-/// States of all entries; the tasks write, the metrics read.
-#[derive(Clone)]
-struct Board {
-    entries: Arc<Mutex<BTreeMap<Reference, EntryState>>>,
-    metrics: Arc<Metrics>,
-}
-
-impl Board {
-    /// The list has a new entry.
-    fn enter(&self, reference: &Reference) {
-        self.edit(|entries| {
-            entries.insert(reference.clone(), EntryState::Pulling);
-        });
-    }
-
-    /// An entry has come further; one that has left the list meanwhile does not come back.
-    fn set(&self, reference: &Reference, state: EntryState) {
-        self.edit(|entries| {
-            if let Some(entry) = entries.get_mut(reference) {
-                *entry = state;
-            }
-        });
-    }
-
-    /// An entry has left the list.
-    fn leave(&self, reference: &Reference) {
-        self.edit(|entries| {
-            entries.remove(reference);
-        });
-    }
-
-    fn edit(&self, change: impl FnOnce(&mut BTreeMap<Reference, EntryState>)) {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut entries);
-        let count = |state| entries.values().filter(|other| **other == state).count();
-        let (pulling, ready) = (count(EntryState::Pulling), count(EntryState::Ready));
-        self.metrics.prepull.entries(pulling, ready, count(EntryState::Failed));
+impl EntryState {
+    /// One word, as metrics and pages show it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Excluded => "excluded",
+            Self::Pulling => "pulling",
+            Self::Ready => "ready",
+            Self::NoRoom => "no_room",
+            Self::Failed => "failed",
+        }
     }
 }
 
-/// Follows the list at `path` until `stop`, then ends all waits; the puller's own
-/// shutdown ends the pulls.
-pub async fn run(path: PathBuf, puller: Puller, metrics: Arc<Metrics>, stop: CancellationToken) {
-    let changed = Arc::new(Notify::new());
-    let _watcher = watch(&path, &changed);
-    let board = Board { entries: Arc::default(), metrics: Arc::clone(&metrics) };
-    let mut tasks = JoinSet::new();
-    let mut running: BTreeMap<Reference, CancellationToken> = BTreeMap::new();
-    let mut last_seen = None;
-    loop {
-        let content = content(&path).await;
-        if last_seen.as_ref() != Some(&content) {
-            match content
-                .as_ref()
-                .map_err(Clone::clone)
-                .and_then(|text| List::parse(&path, text).map_err(|error| error.to_string()))
-            {
-                Ok(list) => {
-                    tracing::info!(list = %path.display(), entries = list.images.len(), "pre-pull list");
-                    metrics.prepull.list_read(true);
-                    follow(&list, &mut running, &mut tasks, &puller, &board);
+/// One entry of the list in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EntryReport {
+    /// Its name, else its reference.
+    pub name: String,
+    /// The image.
+    pub reference: Reference,
+    /// What that meant when it was last brought here.
+    pub digest: Option<Digest>,
+    /// Where it is.
+    pub state: EntryState,
+    /// Why it is there; may be empty.
+    pub message: String,
+}
+
+/// What became of the list.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Report {
+    /// Why the list as it stands is not in force; an older one is, where there was one.
+    pub error: Option<String>,
+    /// The entries of the list in force, in its order.
+    pub entries: Vec<EntryReport>,
+}
+
+/// What is followed, and with what.
+pub struct Prepull {
+    /// The list.
+    pub list: PathBuf,
+    /// Labels of this node that are given.
+    pub labels: Labels,
+    /// A file with more of them, as the downward API writes it.
+    pub labels_file: Option<PathBuf>,
+    /// The first pull waits for a random part of this, so that a fleet that starts at once does not
+    /// ask a registry at once.
+    pub start_jitter: Duration,
+    /// What pulls.
+    pub puller: Puller,
+    /// What reads into the page cache.
+    pub warmer: Warmer,
+    /// The node, for its GPUs.
+    pub state: watch::Receiver<Arc<NodeState>>,
+    /// Where it is counted.
+    pub metrics: Arc<Metrics>,
+    /// Where it is told.
+    pub report: watch::Sender<Arc<Report>>,
+}
+
+impl Prepull {
+    /// Follows the list until `stop`, then ends all waits; the puller's own shutdown ends the
+    /// pulls.
+    pub async fn run(self, stop: CancellationToken) {
+        let changed = Arc::new(Notify::new());
+        let watched: Option<Vec<_>> = std::iter::once(&self.list)
+            .chain(&self.labels_file)
+            .map(|path| watch(path, &changed))
+            .collect();
+        let safety_net = if watched.is_some() { SAFETY_NET } else { UNWATCHED };
+        let gpus = Arc::clone(&self.state.borrow().gpus);
+        let mut engine = Engine {
+            not_before: Instant::now() + self.start_jitter.mul_f64(random()),
+            gpus,
+            state: self.state.clone(),
+            labels: self.labels.clone(),
+            bandwidth: self.puller.bandwidth(),
+            prepull: self,
+            plan: Plan::default(),
+            error: None,
+            tries: JoinSet::new(),
+        };
+        let mut last_seen = None;
+        let mut look = true;
+        let mut looked = Instant::now();
+        loop {
+            if look {
+                let content = engine.content().await;
+                if last_seen.as_ref() != Some(&content) {
+                    engine.adopt(&content);
+                    last_seen = Some(content);
                 }
-                Err(error) => {
-                    let in_force = running.len();
-                    tracing::error!(%error, in_force, "pre-pull list; the last good one stays in force");
-                    metrics.prepull.list_read(false);
-                }
+                looked = Instant::now();
             }
-            last_seen = Some(content);
+            engine.drive();
+            let wake = engine.wake(looked + safety_net);
+            look = tokio::select! {
+                () = stop.cancelled() => break,
+                () = changed.notified() => {
+                    tokio::time::sleep(DEBOUNCE).await;
+                    true
+                }
+                () = other_gpus(&mut engine.state, &engine.gpus) => false,
+                Some(ended) = engine.tries.join_next() => {
+                    engine.ended(ended.ok());
+                    false
+                }
+                () = tokio::time::sleep_until(wake) => wake >= looked + safety_net,
+            };
         }
-        tokio::select! {
-            () = stop.cancelled() => break,
-            () = changed.notified() => tokio::time::sleep(DEBOUNCE).await,
-            () = tokio::time::sleep(SAFETY_NET) => {}
-            Some(_) = tasks.join_next() => {}
-        }
+        engine.plan.stop();
+        while engine.tries.join_next().await.is_some() {}
     }
-    running.values().for_each(CancellationToken::cancel);
-    while tasks.join_next().await.is_some() {}
 }
 
-/// Makes the running entries those of `list`.
-fn follow(
-    list: &List,
-    running: &mut BTreeMap<Reference, CancellationToken>,
-    tasks: &mut JoinSet<()>,
-    puller: &Puller,
-    board: &Board,
-) {
-    let wanted: HashSet<&Reference> = list.images.iter().map(|entry| &entry.image).collect();
-    running.retain(|reference, token| {
-        let stays = wanted.contains(reference);
-        if !stays {
-            token.cancel();
-            board.leave(reference);
+/// A try that is over.
+struct Tried {
+    start: Start,
+    ended: Ended,
+}
+
+struct Engine {
+    prepull: Prepull,
+    plan: Plan,
+    /// Of the last good look.
+    labels: Labels,
+    error: Option<String>,
+    /// As configured; the list may say otherwise.
+    bandwidth: Bandwidth,
+    not_before: Instant,
+    state: watch::Receiver<Arc<NodeState>>,
+    /// As last looked at.
+    gpus: Arc<GpuInventory>,
+    tries: JoinSet<Tried>,
+}
+
+impl Engine {
+    /// The texts of the list and of the labels' file, or why there are none.
+    async fn content(&self) -> Result<(String, Option<String>), String> {
+        let (list, labels) = (self.prepull.list.clone(), self.prepull.labels_file.clone());
+        let texts = tokio::task::spawn_blocking(move || {
+            Ok((read(&list)?, labels.as_deref().map(read).transpose()?))
+        });
+        match texts.await {
+            Ok(texts) => texts.map_err(|error: crate::config::ConfigError| error.to_string()),
+            Err(error) => Err(error.to_string()),
         }
-        stays
-    });
-    for Entry { image } in &list.images {
-        if running.contains_key(image) {
-            continue;
+    }
+
+    fn adopt(&mut self, content: &Result<(String, Option<String>), String>) {
+        let path = &self.prepull.list;
+        let parsed = content.as_ref().map_err(Clone::clone).and_then(|(list, labels)| {
+            let mut own = self.prepull.labels.clone();
+            if let (Some(text), Some(file)) = (labels, &self.prepull.labels_file) {
+                let read = when::read_labels(text);
+                own.extend(read.map_err(|why| format!("{}: {why}", file.display()))?);
+            }
+            let list = List::parse(path, list).map_err(|error| error.to_string())?;
+            Ok((list, own))
+        });
+        match parsed {
+            Ok((list, labels)) => {
+                tracing::info!(list = %path.display(), entries = list.images.len(), "pre-pull list");
+                self.prepull.metrics.prepull.list_read(true);
+                self.labels = labels;
+                let own = list.bandwidth.map(Rate::bytes_per_second);
+                let usual = self.bandwidth;
+                self.prepull.puller.set_bandwidth(Bandwidth {
+                    prefetch_bytes_per_second: own.or(usual.prefetch_bytes_per_second),
+                    ..usual
+                });
+                self.error = None;
+                self.plan.adopt(&list, self.not_before.max(Instant::now()));
+            }
+            Err(error) => {
+                tracing::error!(%error, "pre-pull list; the last good one stays in force");
+                self.prepull.metrics.prepull.list_read(false);
+                self.error = Some(error);
+            }
         }
-        let token = CancellationToken::new();
-        running.insert(image.clone(), token.clone());
-        board.enter(image);
-        let (image, puller, board) = (image.clone(), puller.clone(), board.clone());
-        tasks.spawn(async move {
-            // Dropping the pull gives up this wait; others may still want the image.
-            token.run_until_cancelled(bring(&image, &puller, &board)).await;
+    }
+
+    /// Starts what is due, and tells where everything is.
+    fn drive(&mut self) {
+        self.gpus = Arc::clone(&self.state.borrow().gpus);
+        let node = Node {
+            labels: &self.labels,
+            gpus: &self.gpus,
+            wall: Timestamp::now(),
+            now: Instant::now(),
+        };
+        for start in self.plan.turn(node) {
+            self.tries.spawn(bring(start, self.prepull.puller.clone()));
+        }
+        let report = Report { error: self.error.clone(), entries: self.plan.report() };
+        self.prepull.report.send_if_modified(|told| {
+            let news = **told != report;
+            if news {
+                self.prepull.metrics.prepull.entries(&report.entries);
+                *told = Arc::new(report);
+            }
+            news
         });
     }
-}
 
-/// Brings `image` here, however often it takes.
-async fn bring(image: &Reference, puller: &Puller, board: &Board) {
-    let mut retry = FIRST_RETRY;
-    loop {
-        let priority = Priority::Prefetch(0);
-        let request = PullRequest { priority, ..PullRequest::new(image.clone()) };
-        match puller.start(request).wait().await {
-            Ok(_) => {
-                board.set(image, EntryState::Ready);
-                return;
-            }
-            Err(_) => {
+    fn ended(&mut self, tried: Option<Tried>) {
+        let Some(Tried { start, ended }) = tried else { return };
+        let image = &start.entry.image;
+        let here = match &ended {
+            Ended::Here(digest) => Some(*digest),
+            Ended::NoRoom(_) | Ended::Failed(_) => {
                 // Why, the puller has told.
-                board.set(image, EntryState::Failed);
-                tracing::info!(%image, retry_s = retry.as_secs(), "pre-pull again later");
+                tracing::info!(%image, "pre-pull again later");
+                None
             }
+            Ended::Stopped => None,
+        };
+        let listed = self.plan.ended(image, start.run, ended, Instant::now(), random());
+        if let (true, Some(digest), true) = (listed, here, start.entry.warm_page_cache) {
+            self.prepull.warmer.warm(digest);
         }
-        tokio::time::sleep(retry).await;
-        retry = (retry * 2).min(MAX_RETRY);
-        board.set(image, EntryState::Pulling);
+    }
+
+    fn wake(&self, look: Instant) -> Instant {
+        let now = Instant::now();
+        let clock = self.plan.has_windows().then(|| now + WALL_CLOCK);
+        [self.plan.next_due(now), clock].into_iter().flatten().fold(look, Instant::min)
     }
 }
 
-/// The list's text, or why there is none.
-async fn content(path: &Path) -> Result<String, String> {
-    let path = path.to_path_buf();
-    let text = tokio::task::spawn_blocking(move || read(&path)).await;
-    match text {
-        Ok(text) => text.map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
+/// Waits for another look at the GPUs than `seen`; what else changes on the node is no matter here.
+async fn other_gpus(state: &mut watch::Receiver<Arc<NodeState>>, seen: &Arc<GpuInventory>) {
+    if state.wait_for(|state| !Arc::ptr_eq(&state.gpus, seen)).await.is_err() {
+        // The keeper has gone: the agent ends.
+        std::future::pending::<()>().await;
     }
 }
 
-/// Calls `changed` when anything happens in the list's directory.
+/// Brings one image here, or gives up when told to.
+async fn bring(start: Start, puller: Puller) -> Tried {
+    let policy = if start.again { PullPolicy::Always } else { PullPolicy::IfNotPresent };
+    let request = PullRequest {
+        policy,
+        priority: Priority::Prefetch(start.entry.priority),
+        ..PullRequest::new(start.entry.image.clone())
+    };
+    let pull = puller.start(request);
+    // Dropping the pull gives up this wait; others may still want the image.
+    let ended = match start.stop.run_until_cancelled(pull.wait()).await {
+        None => Ended::Stopped,
+        Some(Ok(pulled)) => Ended::Here(pulled.digest),
+        Some(Err(error)) if error.reason() == NO_SPACE => Ended::NoRoom(error.to_string()),
+        Some(Err(PullError::Cancelled(_))) => Ended::Stopped,
+        Some(Err(error)) => Ended::Failed(error.to_string()),
+    };
+    drop(pull);
+    Tried { start, ended }
+}
+
+/// What [`PullError::reason`] says of a full disk.
+const NO_SPACE: &str = "no_space";
+
+/// A number from 0 to 1 that nobody can foresee.
+fn random() -> f64 {
+    let number = RandomState::new().build_hasher().finish();
+    #[allow(clippy::cast_precision_loss)]
+    {
+        number as f64 / u64::MAX as f64
+    }
+}
+
+/// Calls `changed` when anything happens in the directory of `path`.
 fn watch(path: &Path, changed: &Arc<Notify>) -> Option<notify::RecommendedWatcher> {
     let notified = Arc::clone(changed);
     let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -254,52 +366,8 @@ fn watch(path: &Path, changed: &Arc<Notify>) -> Option<notify::RecommendedWatche
         .inspect_err(|error| {
             tracing::warn!(
                 directory = %directory.display(), %error,
-                "cannot watch the pre-pull list; changes are seen within a minute"
+                "cannot watch the pre-pull list; it is read every few seconds"
             );
         })
         .ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn list(text: &str) -> Result<List, String> {
-        List::parse(Path::new("/list.yaml"), text).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn a_list_is_images_in_order() {
-        let list = list("images:\n- image: r:5000/b:1\n- image: oci:/models/a:1\n").unwrap();
-        let names: Vec<String> = list.images.iter().map(|entry| entry.image.to_string()).collect();
-        assert_eq!(names, ["r:5000/b:1", "oci:/models/a:1"]);
-    }
-
-    #[test]
-    fn an_empty_list_is_a_list() {
-        for text in ["", "# later\n", "images: []\n", "{}"] {
-            assert_eq!(list(text).unwrap(), List::default(), "{text:?}");
-        }
-    }
-
-    #[test]
-    fn a_bad_list_names_line_and_field() {
-        for (text, start, part) in [
-            ("images:\n- imgae: r/a:1\n", "/list.yaml:2:3: ", "imgae"),
-            ("images:\n- image: Not A Ref\n", "/list.yaml:2:10: images[0].image: ", "Not A Ref"),
-            ("images:\n- {}\n", "/list.yaml:2:", "image"),
-            ("image: r/a:1\n", "/list.yaml:1:1: ", "images"),
-            ("images: [\n", "/list.yaml:", ""),
-        ] {
-            let error = list(text).unwrap_err();
-            assert!(error.starts_with(start) && error.contains(part), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_list_of_absurd_length_is_refused() {
-        let text = "images:\n".to_string() + &"- image: r:5000/a:1\n".repeat(MAX_ENTRIES + 1);
-        let error = list(&text).unwrap_err();
-        assert!(error.contains("10001 entries"), "{error}");
-    }
 }

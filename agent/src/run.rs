@@ -33,10 +33,11 @@ use crate::config::Config;
 use crate::gpu::{self, GpuHandle};
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
-use crate::prepull;
+use crate::prepull::{self, Prepull};
 use crate::scrub;
 use crate::state::{Keeper, NodeState};
 use crate::watermark;
+use crate::warm::Warmer;
 
 /// How long calls under way may take to end; Kubernetes kills after 30 s.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -82,6 +83,7 @@ struct Agent {
     gpus: GpuHandle,
     metrics: Arc<Metrics>,
     keeper: Keeper,
+    prepull: watch::Sender<Arc<prepull::Report>>,
     state: watch::Receiver<Arc<NodeState>>,
     socket: Socket,
     http: tokio::net::TcpListener,
@@ -121,13 +123,17 @@ impl Agent {
             tracing::info!(?found, "volumes from before");
         }
         let gpus = gpu::start(config.gpu_options()).context("start the GPU thread")?;
+        let (prepull, reported) = watch::channel(Arc::default());
         let (keeper, state) =
-            Keeper::new(puller.clone(), volumes, gpus.reader(), Arc::clone(&metrics)).await?;
-        Ok(Self { config, puller, driver, gpus, metrics, keeper, state, socket, http })
+            Keeper::new(puller.clone(), volumes, gpus.reader(), reported, Arc::clone(&metrics))
+                .await?;
+        Ok(Self { config, puller, driver, gpus, metrics, keeper, prepull, state, socket, http })
     }
 
     async fn serve(self, end: impl Future<Output = &'static str>) -> anyhow::Result<()> {
-        let Self { config, puller, driver, gpus, metrics, keeper, state, socket, http } = self;
+        let Self { config, puller, driver, gpus, metrics, keeper, prepull, state, socket, http } =
+            self;
+        let warmer = Warmer::new(puller.store().clone());
         let (phase, phase_seen) = watch::channel(Phase::Starting);
         let (mut calls, mut work, mut rest) =
             (Group::default(), Group::default(), Group::default());
@@ -140,9 +146,19 @@ impl Agent {
             calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });
         }
         if let Some(list) = config.prepull.list.clone() {
-            let (puller, metrics) = (puller.clone(), Arc::clone(&metrics));
+            let prepull = Prepull {
+                list,
+                labels: config.prepull.node_labels.clone(),
+                labels_file: config.prepull.node_labels_file.clone(),
+                start_jitter: config.prepull.start_jitter,
+                puller: puller.clone(),
+                warmer: warmer.clone(),
+                state: state.clone(),
+                metrics: Arc::clone(&metrics),
+                report: prepull,
+            };
             work.start(|stop| async move {
-                prepull::run(list, puller, metrics, stop).await;
+                prepull.run(stop).await;
                 Ok(())
             });
         }
@@ -190,6 +206,7 @@ impl Agent {
         // Publishes that wait for a pull are answered before the pull is stopped under them.
         calls.end(DRAIN).await;
         work.end(DRAIN).await;
+        warmer.shutdown().await;
         puller.shutdown().await;
         rest.end(PATIENCE).await;
         gpus.shutdown(PATIENCE).await;

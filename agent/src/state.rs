@@ -29,6 +29,7 @@ use carport_image::store::{RecordKind, Store, StoreError, StoredImage, Usage};
 use carport_image::{Digest, Reference};
 
 use crate::gpu::GpuInventory;
+use crate::prepull;
 
 mod keeper;
 mod rates;
@@ -48,7 +49,7 @@ pub struct Revision {
 /// Something that is wrong with the node: a fixed code, and a sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
-    /// `STORE_UNREADABLE`, `DISK_PRESSURE`.
+    /// `STORE_UNREADABLE`, `DISK_PRESSURE`, `PREPULL_LIST_INVALID`, `PREPULL_NO_ROOM`.
     pub code: &'static str,
     /// What is wrong, and what to do.
     pub message: String,
@@ -75,6 +76,8 @@ pub struct NodeState {
     pub gpus: Arc<GpuInventory>,
     /// What registries gave lately.
     pub rates: Arc<Rates>,
+    /// The pre-pull list.
+    pub prepull: Arc<prepull::Report>,
     /// What is wrong. Empty: the node is well.
     pub troubles: Vec<Trouble>,
 }
@@ -118,6 +121,7 @@ impl NodeState {
             pulls: Vec::new(),
             gpus,
             rates: Arc::default(),
+            prepull: Arc::default(),
             troubles: Vec::new(),
         }
     }

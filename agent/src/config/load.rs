@@ -107,6 +107,18 @@ pub fn parse<T: DeserializeOwned + Default>(path: &Path, text: &str) -> Result<T
     result.map_err(|error| invalid(path, &field, &error))
 }
 
+/// Names what was probably meant, else all that is known.
+fn unknown(field: &str, known: &[&str]) -> String {
+    let field: String = field.chars().take(64).collect();
+    let distance =
+        |known: &&&str| strsim::damerau_levenshtein(&field.to_lowercase(), &known.to_lowercase());
+    // A slip of the hand changes a letter or two; a word in between is another word.
+    match known.iter().min_by_key(distance).filter(|nearest| distance(nearest) <= 2) {
+        Some(nearest) => format!("unknown field `{field}`; did you mean `{nearest}`?"),
+        None => format!("unknown field `{field}`; known are {}", known.join(", ")),
+    }
+}
+
 fn invalid(path: &Path, field: &str, error: &serde_saphyr::Error) -> ConfigError {
     let place = match error.location() {
         Some(at) => format!("{}:{}:{}", path.display(), at.line(), at.column()),
@@ -116,6 +128,10 @@ fn invalid(path: &Path, field: &str, error: &serde_saphyr::Error) -> ConfigError
     let formatter = serde_saphyr::UserMessageFormatter;
     let message = error.without_snippet().render_with_formatter(&formatter);
     let mut message = message.lines().next().unwrap_or_default().to_string();
+    if let serde_saphyr::Error::SerdeUnknownField { field, expected, .. } = error.without_snippet()
+    {
+        message = unknown(field, expected);
+    }
     // Errors in lists end in their place, which is named already.
     if let Some(at) = error.location() {
         let tail = format!(" at line {}, column {}", at.line(), at.column());

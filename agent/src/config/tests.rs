@@ -142,7 +142,7 @@ fn an_ordinary_user_gets_places_of_their_own() {
 /// Every leaf of a value as `a.b.c`, with what it holds.
 fn leaves(prefix: &str, value: &serde_json::Value, into: &mut Vec<(String, serde_json::Value)>) {
     match value {
-        serde_json::Value::Object(fields) => {
+        serde_json::Value::Object(fields) if !fields.is_empty() => {
             for (name, value) in fields {
                 let name =
                     if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };

@@ -141,6 +141,18 @@ fn duration_within(text: &str, least: Duration, most: Duration) -> Result<Durati
     Err(format!("{text:?} is out of range; write something from {least} to {most}"))
 }
 
+/// A label of a node, `KEY=VALUE`.
+///
+/// # Errors
+///
+/// When it is not.
+pub fn parse_label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_string(), value.to_string())),
+        _ => Err(format!("{text:?} is no label; write KEY=VALUE")),
+    }
+}
+
 /// Log directives.
 ///
 /// # Errors

@@ -109,7 +109,7 @@ pub(super) mod tests {
     use crate::state::fixtures::node;
 
     /// A GPU of which everything is known.
-    pub(in crate::metrics) fn one_gpu() -> Arc<GpuInventory> {
+    pub(crate) fn one_gpu() -> Arc<GpuInventory> {
         let mut gpu = Gpu { uuid: Some("GPU-a".into()), ..Gpu::unknown(3) };
         gpu.memory = Some(GpuMemory {
             total_bytes: 80 << 30,

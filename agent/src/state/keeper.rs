@@ -17,6 +17,7 @@ use super::{Contents, NodeState, Rates, Trouble, in_flight, same_pull};
 use crate::gpu::{GpuInventory, GpuReader};
 use crate::metrics::Metrics;
 use crate::placement::gpus::is_free;
+use crate::prepull::{self, EntryState};
 
 /// From one reading of the store to the next; events within this time share one.
 const SPACING: Duration = Duration::from_millis(100);
@@ -34,6 +35,7 @@ pub struct Keeper {
     puller: Puller,
     volumes: Volumes,
     gpus: GpuReader,
+    prepull: watch::Receiver<Arc<prepull::Report>>,
     metrics: Arc<Metrics>,
     state: watch::Sender<Arc<NodeState>>,
     rates: Rates,
@@ -56,6 +58,7 @@ impl Keeper {
         puller: Puller,
         volumes: Volumes,
         gpus: GpuReader,
+        prepull: watch::Receiver<Arc<prepull::Report>>,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, watch::Receiver<Arc<NodeState>>), StoreError> {
         let dirty = Arc::new(Notify::new());
@@ -73,6 +76,7 @@ impl Keeper {
             puller,
             volumes,
             gpus,
+            prepull,
             metrics,
             state,
             rates: Rates::default(),
@@ -123,6 +127,11 @@ impl Keeper {
                 _ = safety_net.tick() => {
                     contents_due = true;
                     walk_due = true;
+                }
+                // Nobody tells any more: no list is followed.
+                Ok(()) = self.prepull.changed() => {
+                    let report = Arc::clone(&self.prepull.borrow_and_update());
+                    self.publish(|state| state.adopt_report(report));
                 }
                 gpus = self.gpus.changed() => self.publish(|state| state.gpus = gpus),
                 _ = sample.tick(), if busy => self.look_at_pulls().await,
@@ -235,8 +244,26 @@ impl NodeState {
         self.volumes = contents.volumes;
     }
 
+    /// Takes what became of the pre-pull list, and of that what is wrong.
+    fn adopt_report(&mut self, report: Arc<prepull::Report>) {
+        self.troubles.retain(|trouble| !trouble.code.starts_with("PREPULL_"));
+        if let Some(error) = &report.error {
+            let message = format!("the pre-pull list is not in force: {error}");
+            self.troubles.push(Trouble { code: "PREPULL_LIST_INVALID", message });
+        }
+        let homeless = || report.entries.iter().filter(|e| e.state == EntryState::NoRoom);
+        if let Some(first) = homeless().next() {
+            let message = match homeless().count() - 1 {
+                0 => format!("pre-pull: {} does not fit on the disk", first.name),
+                n => format!("pre-pull: {} and {n} more do not fit on the disk", first.name),
+            };
+            self.troubles.push(Trouble { code: "PREPULL_NO_ROOM", message });
+        }
+        self.prepull = report;
+    }
+
     fn judge(&mut self, error: Option<&StoreError>) {
-        self.troubles.clear();
+        self.troubles.retain(|trouble| trouble.code.starts_with("PREPULL_"));
         if let Some(error) = error {
             self.troubles
                 .push(Trouble { code: "STORE_UNREADABLE", message: format!("the store: {error}") });
@@ -347,6 +374,31 @@ mod tests {
         after.usage.free_bytes += 1;
         assert!(!before.same(&after));
         assert!(!before.same(&node(vec![])));
+    }
+
+    #[test]
+    fn a_bad_list_and_entries_without_room_are_troubles_beside_others() {
+        let entry = |name: &str, state| prepull::EntryReport {
+            name: name.into(),
+            reference: "r/a:1".parse().unwrap(),
+            digest: None,
+            state,
+            message: String::new(),
+        };
+        let entries =
+            [EntryState::Ready, EntryState::NoRoom, EntryState::NoRoom].map(|s| entry("llama", s));
+        let report = prepull::Report { error: Some("line 3".into()), entries: entries.into() };
+        let mut state = node(vec![]);
+        state.usage.free_bytes = 49;
+        state.judge(None);
+        state.adopt_report(Arc::new(report));
+        state.judge(None);
+        let told: Vec<_> = state.troubles.iter().map(|t| (t.code, t.message.as_str())).collect();
+        assert_eq!(told[0].1, "the pre-pull list is not in force: line 3");
+        assert_eq!(told[1].1, "pre-pull: llama and 1 more do not fit on the disk");
+        assert_eq!(told[2].0, "DISK_PRESSURE");
+        state.adopt_report(Arc::default());
+        assert_eq!(state.troubles.len(), 1);
     }
 
     #[test]

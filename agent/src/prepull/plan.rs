@@ -1,0 +1,431 @@
+//! Which entry is next: what is known of each, and when it may be tried again.
+//!
+//! ```text
+//!             not for this node          window shut          too many at a time
+//!                 Excluded                  Waiting ◄──────────────┐
+//!                                             │ its turn           │
+//!              ┌── again later ── Failed ◄── Pulling ──► NoRoom ── again later
+//!              └─────────────────────────────►│
+//!                                             ▼   tag: asked again at an interval
+//!                                           Ready ◄─────────────────────────────┐
+//!                                             └─────────────────────────────────┘
+//! ```
+//!
+//! Plain values in and out; pulls, files and clocks are the caller's.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use carport_image::{Digest, Reference};
+use jiff::Timestamp;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::list::{Entry, List};
+use super::schedule;
+use super::when::Labels;
+use super::{EntryReport, EntryState};
+use crate::gpu::GpuInventory;
+
+/// Pulls of the list at a time. A few more than the puller works on at once, so that one
+/// whose registry does not answer holds up nothing.
+const MAX_RUNNING: usize = 8;
+/// The first retry of an entry that failed; doubled each time up to [`MAX_RETRY`].
+const FIRST_RETRY: Duration = Duration::from_secs(10);
+/// An image that is pushed to a registry later is then found within so long.
+const MAX_RETRY: Duration = Duration::from_secs(300);
+
+/// The node, as far as conditions ask.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Node<'a> {
+    pub(super) labels: &'a Labels,
+    pub(super) gpus: &'a GpuInventory,
+    pub(super) wall: Timestamp,
+    pub(super) now: Instant,
+}
+
+/// All entries of the list in force.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    items: BTreeMap<Reference, Item>,
+    refresh: Duration,
+    /// Tries so far; numbers them.
+    runs: u64,
+}
+
+#[derive(Debug)]
+struct Item {
+    entry: Entry,
+    order: usize,
+    state: EntryState,
+    /// What to say beside the state.
+    message: String,
+    /// Not before.
+    due: Instant,
+    retry: Duration,
+    /// What it meant when it was last brought here.
+    digest: Option<Digest>,
+    running: Option<Run>,
+}
+
+/// A try under way.
+#[derive(Debug)]
+struct Run {
+    number: u64,
+    stop: CancellationToken,
+}
+
+/// What to do now for one entry.
+#[derive(Debug)]
+pub(super) struct Start {
+    pub(super) entry: Entry,
+    /// Which try this is.
+    pub(super) run: u64,
+    /// Ask what the tag means, also where it is known.
+    pub(super) again: bool,
+    /// Cancelled when the entry leaves the list, or may not be pulled any more.
+    pub(super) stop: CancellationToken,
+}
+
+/// How a try ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    Here(Digest),
+    NoRoom(String),
+    Failed(String),
+    /// Given up: the entry left, or its window shut.
+    Stopped,
+}
+
+impl Plan {
+    /// Makes the entries those of `list`; none of them is tried before `due`.
+    pub(super) fn adopt(&mut self, list: &List, due: Instant) {
+        self.refresh = list.refresh;
+        let mut before = std::mem::take(&mut self.items);
+        for (order, entry) in list.images.iter().enumerate() {
+            let item = match before.remove(&entry.image) {
+                Some(item) => Item { entry: entry.clone(), order, ..item },
+                None => Item {
+                    entry: entry.clone(),
+                    order,
+                    state: EntryState::Waiting,
+                    message: String::new(),
+                    due,
+                    retry: FIRST_RETRY,
+                    digest: None,
+                    running: None,
+                },
+            };
+            self.items.insert(entry.image.clone(), item);
+        }
+        before.values().filter_map(|gone| gone.running.as_ref()).for_each(|run| run.stop.cancel());
+    }
+
+    /// What is to be started now, the most urgent first; stops what may not go on.
+    pub(super) fn turn(&mut self, node: Node<'_>) -> Vec<Start> {
+        let mut ready: Vec<&mut Item> = Vec::new();
+        let mut running = 0;
+        for item in self.items.values_mut() {
+            if let Some((state, why)) = item.barred(node) {
+                // What is here stays, and is not asked about until it may be.
+                if item.state != EntryState::Ready {
+                    (item.state, item.message) = (state, why);
+                }
+                if let Some(run) = &item.running {
+                    run.stop.cancel();
+                }
+                continue;
+            }
+            match item.running {
+                Some(_) => running += 1,
+                None if item.due <= node.now => ready.push(item),
+                None if matches!(item.state, EntryState::Excluded | EntryState::Waiting) => {
+                    (item.state, item.message) = (EntryState::Waiting, String::new());
+                }
+                None => {}
+            }
+        }
+        ready.sort_by_key(|item| (std::cmp::Reverse(item.entry.priority), item.order));
+        let room = MAX_RUNNING.saturating_sub(running);
+        let mut starts = Vec::new();
+        for (place, item) in ready.into_iter().enumerate() {
+            if place >= room {
+                if matches!(item.state, EntryState::Excluded | EntryState::Waiting) {
+                    (item.state, item.message) = (EntryState::Waiting, "others go first".into());
+                }
+                continue;
+            }
+            let again = item.state == EntryState::Ready;
+            if !again {
+                (item.state, item.message) = (EntryState::Pulling, String::new());
+            }
+            self.runs += 1;
+            let (number, stop) = (self.runs, CancellationToken::new());
+            item.running = Some(Run { number, stop: stop.clone() });
+            starts.push(Start { entry: item.entry.clone(), run: number, again, stop });
+        }
+        starts
+    }
+
+    /// Takes note of how a try ended; `spread` is a number from 0 to 1 that differs between nodes.
+    /// True when the entry is still on the list and this was its try: one that left and came back
+    /// has a new one.
+    pub(super) fn ended(
+        &mut self,
+        image: &Reference,
+        run: u64,
+        ended: Ended,
+        now: Instant,
+        spread: f64,
+    ) -> bool {
+        let refresh = self.refresh;
+        let own = |item: &&mut Item| item.running.as_ref().is_some_and(|own| own.number == run);
+        let Some(item) = self.items.get_mut(image).filter(own) else { return false };
+        item.running = None;
+        match ended {
+            Ended::Here(digest) => {
+                item.state = EntryState::Ready;
+                item.message.clear();
+                item.digest = Some(digest);
+                item.retry = FIRST_RETRY;
+                // Of a digest there is nothing more to ask.
+                item.due = match image.digest() {
+                    Some(_) => far(now),
+                    None => now + refresh.mul_f64(0.75 + spread / 2.0),
+                };
+            }
+            Ended::Stopped => {
+                if item.state == EntryState::Pulling {
+                    item.state = EntryState::Waiting;
+                }
+                item.due = now;
+            }
+            Ended::NoRoom(why) => item.failed(EntryState::NoRoom, why, now),
+            Ended::Failed(why) => item.failed(EntryState::Failed, why, now),
+        }
+        true
+    }
+
+    /// When the next entry is due; nothing where none is.
+    pub(super) fn next_due(&self, now: Instant) -> Option<Instant> {
+        let due = self.items.values().filter(|item| item.running.is_none()).map(|item| item.due);
+        due.filter(|due| *due > now).min()
+    }
+
+    /// Whether the wall clock has a say.
+    pub(super) fn has_windows(&self) -> bool {
+        self.items.values().any(|item| !item.entry.schedule.is_empty())
+    }
+
+    /// Where each entry is, in the order of the list.
+    pub(super) fn report(&self) -> Vec<EntryReport> {
+        let mut items: Vec<&Item> = self.items.values().collect();
+        items.sort_by_key(|item| item.order);
+        items.into_iter().map(Item::report).collect()
+    }
+
+    /// Stops all that runs.
+    pub(super) fn stop(&self) {
+        self.items
+            .values()
+            .filter_map(|item| item.running.as_ref())
+            .for_each(|run| run.stop.cancel());
+    }
+}
+
+impl Item {
+    /// Why it may not be pulled now, if so.
+    fn barred(&self, node: Node<'_>) -> Option<(EntryState, String)> {
+        if let Some(why) = self.entry.when.unmet(node.labels, node.gpus) {
+            return Some((EntryState::Excluded, why));
+        }
+        if schedule::is_open(&self.entry.schedule, node.wall) {
+            return None;
+        }
+        let opens = schedule::next_open(&self.entry.schedule, node.wall);
+        let why = opens.map_or_else(
+            || "outside of its schedule".to_string(),
+            |at| format!("outside of its schedule; opens at {at:.0}"),
+        );
+        Some((EntryState::Waiting, why))
+    }
+
+    fn failed(&mut self, state: EntryState, why: String, now: Instant) {
+        // One that is here stays so; what its tag means now is not known.
+        if self.state != EntryState::Ready {
+            self.state = state;
+        }
+        self.message = why;
+        self.due = now + self.retry;
+        self.retry = (self.retry * 2).min(MAX_RETRY);
+    }
+
+    fn report(&self) -> EntryReport {
+        EntryReport {
+            name: self.entry.shown(),
+            reference: self.entry.image.clone(),
+            digest: self.digest,
+            state: self.state,
+            message: self.message.clone(),
+        }
+    }
+}
+
+/// Never, in practice; an [`Instant`] has no such value.
+fn far(now: Instant) -> Instant {
+    now + Duration::from_secs(10 * 365 * 86_400)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::fixtures::no_gpus;
+    use std::path::Path;
+
+    struct Bench {
+        plan: Plan,
+        labels: Labels,
+        gpus: std::sync::Arc<GpuInventory>,
+        wall: Timestamp,
+        now: Instant,
+    }
+
+    impl Bench {
+        fn new(text: &str) -> Self {
+            let now = Instant::now();
+            let wall = "2026-03-02T12:00:00Z".parse().unwrap();
+            let (labels, gpus) = (Labels::new(), no_gpus());
+            let mut bench = Self { plan: Plan::default(), labels, gpus, wall, now };
+            bench.adopt(text);
+            bench
+        }
+
+        fn adopt(&mut self, text: &str) {
+            self.plan.adopt(&List::parse(Path::new("/l"), text).unwrap(), self.now);
+        }
+
+        fn turn(&mut self) -> Vec<Start> {
+            let Self { plan, labels, gpus, wall, now } = self;
+            plan.turn(Node { labels, gpus, wall: *wall, now: *now })
+        }
+
+        fn names(&mut self) -> Vec<String> {
+            self.turn().iter().map(|start| start.entry.image.to_string()).collect()
+        }
+
+        fn end(&mut self, start: &Start, ended: Ended) {
+            let now = self.now;
+            assert!(self.plan.ended(&start.entry.image, start.run, ended, now, 0.5));
+        }
+
+        fn states(&self) -> Vec<EntryState> {
+            self.plan.report().iter().map(|entry| entry.state).collect()
+        }
+
+        fn pass(&mut self, seconds: u64) {
+            self.now += Duration::from_secs(seconds);
+        }
+    }
+
+    #[test]
+    fn higher_priority_goes_first_then_the_order_of_the_list() {
+        let mut bench = Bench::new(
+            "images: [{image: 'r/a:1'}, {image: 'r/c:1', priority: 9}, {image: 'r/b:1'}]",
+        );
+        assert_eq!(bench.names(), ["r/c:1", "r/a:1", "r/b:1"].map(full));
+        assert!(bench.turn().is_empty(), "each is started once");
+    }
+
+    fn full(text: &str) -> String {
+        text.parse::<Reference>().unwrap().to_string()
+    }
+
+    #[test]
+    fn so_many_at_a_time_and_the_next_when_one_ends() {
+        let entries: String = (0..20).map(|n| format!("- image: r/a:{n}\n")).collect();
+        let mut bench = Bench::new(&format!("images:\n{entries}"));
+        let first = bench.turn();
+        assert_eq!(first.len(), MAX_RUNNING);
+        assert_eq!(bench.plan.report()[10].message, "others go first");
+        bench.end(&first[3], Ended::NoRoom("full".into()));
+        assert_eq!(bench.names(), [full("r/a:8")], "a smaller one may fit");
+        assert_eq!(bench.states()[3], EntryState::NoRoom);
+    }
+
+    #[test]
+    fn what_failed_is_tried_later_and_later() {
+        let mut bench = Bench::new("images: [{image: 'r/a:1'}]");
+        for wait in [10, 20, 40, 80, 160, 300, 300] {
+            let starts = bench.turn();
+            bench.end(&starts[0], Ended::Failed("no route".into()));
+            assert_eq!(bench.states(), [EntryState::Failed]);
+            assert_eq!(bench.plan.next_due(bench.now), Some(bench.now + Duration::from_secs(wait)));
+            bench.pass(wait - 1);
+            assert!(bench.turn().is_empty());
+            bench.pass(1);
+        }
+    }
+
+    #[test]
+    fn a_tag_is_asked_about_again_and_a_digest_is_not() {
+        let digest = Digest::of(b"x");
+        let mut bench = Bench::new(&format!(
+            "refresh: 100s\nimages: [{{image: 'r/a:1'}}, {{image: 'r/b@{digest}'}}]"
+        ));
+        for start in bench.turn() {
+            assert!(!start.again);
+            bench.end(&start, Ended::Here(digest));
+        }
+        bench.pass(99);
+        assert!(bench.turn().is_empty());
+        bench.pass(1);
+        let again = bench.turn();
+        assert_eq!((again.len(), again[0].again), (1, true));
+        assert_eq!(bench.states(), [EntryState::Ready; 2], "it is here all the while");
+        bench.end(&again[0], Ended::Failed("registry away".into()));
+        assert_eq!(bench.states(), [EntryState::Ready; 2]);
+        assert_eq!(bench.plan.report()[0].message, "registry away");
+    }
+
+    #[test]
+    fn a_window_that_shuts_stops_a_pull_and_opens_for_it_again() {
+        let text = "images: [{image: 'r/a:1', schedule: [{from: '08:00', to: '13:00'}]}]";
+        let mut bench = Bench::new(text);
+        let start = bench.turn().remove(0);
+        bench.wall = "2026-03-02T13:00:00Z".parse().unwrap();
+        assert!(bench.turn().is_empty() && start.stop.is_cancelled());
+        bench.end(&start, Ended::Stopped);
+        bench.turn();
+        let report = bench.plan.report().remove(0);
+        assert_eq!(report.state, EntryState::Waiting);
+        assert_eq!(report.message, "outside of its schedule; opens at 2026-03-03T08:00:00Z");
+        // A clock that is set back is believed.
+        bench.wall = "2026-03-02T09:00:00Z".parse().unwrap();
+        assert_eq!(bench.turn().len(), 1);
+    }
+
+    #[test]
+    fn an_entry_for_other_nodes_is_left_alone_until_the_node_is_such() {
+        let mut bench = Bench::new("images: [{image: 'r/a:1', when: {labels: {pool: a}}}]");
+        assert!(bench.turn().is_empty());
+        assert_eq!(bench.states(), [EntryState::Excluded]);
+        bench.labels.insert("pool".into(), "a".into());
+        assert_eq!(bench.turn().len(), 1);
+    }
+
+    #[test]
+    fn what_leaves_the_list_is_stopped_and_what_stays_goes_on() {
+        let mut bench = Bench::new("images: [{image: 'r/a:1'}, {image: 'r/b:1'}]");
+        let starts = bench.turn();
+        bench.adopt("images: [{image: 'r/b:1', priority: 3}, {image: 'r/c:1'}]");
+        assert!(starts[0].stop.is_cancelled() && !starts[1].stop.is_cancelled());
+        assert_eq!(bench.names(), [full("r/c:1")]);
+        let (gone, now) = (&starts[0], bench.now);
+        assert!(!bench.plan.ended(&gone.entry.image, gone.run, Ended::Stopped, now, 0.0));
+        // It comes back, and the end of the earlier try is not taken for its own.
+        bench.adopt("images: [{image: 'r/a:1'}]");
+        assert_eq!(bench.names(), [full("r/a:1")]);
+        assert!(!bench.plan.ended(&gone.entry.image, gone.run, Ended::Stopped, now, 0.0));
+        assert_eq!(bench.states(), [EntryState::Pulling]);
+    }
+}
