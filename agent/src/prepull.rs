@@ -25,8 +25,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use carport_image::pull::{Bandwidth, Priority, PullPolicy, PullRequest};
-use carport_image::{Digest, PullError, Puller, Reference};
+use carport_image::pull::{Bandwidth, Priority, PullPolicy, PullRequest, Pulled};
+use carport_image::{Digest, PullError, Puller, Reference, Store};
 use jiff::Timestamp;
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::{Notify, watch};
@@ -42,6 +42,7 @@ use crate::state::NodeState;
 use crate::warm::Warmer;
 
 pub mod list;
+mod pins;
 mod plan;
 pub mod schedule;
 pub mod when;
@@ -166,7 +167,9 @@ impl Prepull {
             if look {
                 let content = engine.content().await;
                 if last_seen.as_ref() != Some(&content) {
-                    engine.adopt(&content);
+                    if engine.adopt(&content) {
+                        engine.unpin_the_rest().await;
+                    }
                     last_seen = Some(content);
                 }
                 looked = Instant::now();
@@ -181,7 +184,9 @@ impl Prepull {
                 }
                 () = other_gpus(&mut engine.state, &engine.gpus) => false,
                 Some(ended) = engine.tries.join_next() => {
-                    engine.ended(ended.ok());
+                    if engine.ended(ended.ok()) {
+                        engine.unpin_the_rest().await;
+                    }
                     false
                 }
                 () = tokio::time::sleep_until(wake) => wake >= looked + safety_net,
@@ -226,7 +231,8 @@ impl Engine {
         }
     }
 
-    fn adopt(&mut self, content: &Result<(String, Option<String>), String>) {
+    /// Puts a new list in force. False: it is none, and nothing has changed.
+    fn adopt(&mut self, content: &Result<(String, Option<String>), String>) -> bool {
         let path = &self.prepull.list;
         let parsed = content.as_ref().map_err(Clone::clone).and_then(|(list, labels)| {
             let mut own = self.prepull.labels.clone();
@@ -250,12 +256,29 @@ impl Engine {
                 });
                 self.error = None;
                 self.plan.adopt(&list, self.not_before.max(Instant::now()));
+                true
             }
             Err(error) => {
                 tracing::error!(%error, "pre-pull list; the last good one stays in force");
                 self.prepull.metrics.prepull.list_read(false);
                 self.error = Some(error);
+                false
             }
+        }
+    }
+
+    /// Takes away pins that the list in force does not wish; what a tag means that was not asked about
+    /// yet, the node's state tells.
+    async fn unpin_the_rest(&self) {
+        let state = Arc::clone(&self.state.borrow());
+        let wanted = self.plan.pinned(|reference| state.resolve(reference));
+        let store = self.prepull.puller.store().clone();
+        let work = tokio::task::spawn_blocking(move || pins::keep_only(&store, &wanted));
+        match work.await {
+            Ok(Ok(())) => {}
+            // The pins stay, and with them the images: the next list tries again.
+            Ok(Err(error)) => tracing::error!(%error, "unpin what left the pre-pull list"),
+            Err(error) => tracing::error!(%error, "unpin what left the pre-pull list"),
         }
     }
 
@@ -282,8 +305,9 @@ impl Engine {
         });
     }
 
-    fn ended(&mut self, tried: Option<Tried>) {
-        let Some(Tried { start, ended }) = tried else { return };
+    /// Takes note of a try's end. True when its tag means another image than before.
+    fn ended(&mut self, tried: Option<Tried>) -> bool {
+        let Some(Tried { start, ended }) = tried else { return false };
         let image = &start.entry.image;
         let here = match &ended {
             Ended::Here(digest) => Some(*digest),
@@ -298,6 +322,7 @@ impl Engine {
         if let (true, Some(digest), true) = (listed, here, start.entry.warm_page_cache) {
             self.prepull.warmer.warm(digest);
         }
+        listed && start.was.is_some() && here.is_some() && here != start.was
     }
 
     fn wake(&self, look: Instant) -> Instant {
@@ -327,13 +352,27 @@ async fn bring(start: Start, puller: Puller) -> Tried {
     // Dropping the pull gives up this wait; others may still want the image.
     let ended = match start.stop.run_until_cancelled(pull.wait()).await {
         None => Ended::Stopped,
-        Some(Ok(pulled)) => Ended::Here(pulled.digest),
+        Some(Ok(pulled)) => pinned(&start.entry, pulled, puller.store().clone()).await,
         Some(Err(error)) if error.reason() == NO_SPACE => Ended::NoRoom(error.to_string()),
         Some(Err(PullError::Cancelled(_))) => Ended::Stopped,
         Some(Err(error)) => Ended::Failed(error.to_string()),
     };
     drop(pull);
     Tried { start, ended }
+}
+
+/// Pins what was brought here, where the list wishes that.
+async fn pinned(entry: &Entry, pulled: Pulled, store: Store) -> Ended {
+    let digest = pulled.digest;
+    let Some(pin) = entry.pin else { return Ended::Here(digest) };
+    let image = entry.image.clone();
+    let work = move || pins::pin(&store, &image, &pulled, pin);
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(true)) => Ended::Here(digest),
+        Ok(Ok(false)) => Ended::Failed("removed before it could be pinned".into()),
+        Ok(Err(error)) => Ended::Failed(error.to_string()),
+        Err(error) => Ended::Failed(error.to_string()),
+    }
 }
 
 /// What [`PullError::reason`] says of a full disk.

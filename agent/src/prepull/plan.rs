@@ -13,7 +13,7 @@
 //!
 //! Plain values in and out; pulls, files and clocks are the caller's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use carport_image::{Digest, Reference};
@@ -83,6 +83,8 @@ pub(super) struct Start {
     pub(super) run: u64,
     /// Ask what the tag means, also where it is known.
     pub(super) again: bool,
+    /// What it meant before.
+    pub(super) was: Option<Digest>,
     /// Cancelled when the entry leaves the list, or may not be pulled any more.
     pub(super) stop: CancellationToken,
 }
@@ -104,7 +106,14 @@ impl Plan {
         let mut before = std::mem::take(&mut self.items);
         for (order, entry) in list.images.iter().enumerate() {
             let item = match before.remove(&entry.image) {
-                Some(item) => Item { entry: entry.clone(), order, ..item },
+                Some(mut item) => {
+                    let other = (item.entry.pin, item.entry.warm_page_cache)
+                        != (entry.pin, entry.warm_page_cache);
+                    if other && item.state == EntryState::Ready {
+                        item.due = due;
+                    }
+                    Item { entry: entry.clone(), order, ..item }
+                }
                 None => Item {
                     entry: entry.clone(),
                     order,
@@ -155,14 +164,21 @@ impl Plan {
                 }
                 continue;
             }
-            let again = item.state == EntryState::Ready;
-            if !again {
+            let ready = item.state == EntryState::Ready;
+            let again = ready && item.entry.image.digest().is_none();
+            if !ready {
                 (item.state, item.message) = (EntryState::Pulling, String::new());
             }
             self.runs += 1;
             let (number, stop) = (self.runs, CancellationToken::new());
             item.running = Some(Run { number, stop: stop.clone() });
-            starts.push(Start { entry: item.entry.clone(), run: number, again, stop });
+            starts.push(Start {
+                entry: item.entry.clone(),
+                run: number,
+                again,
+                was: item.digest,
+                stop,
+            });
         }
         starts
     }
@@ -204,6 +220,12 @@ impl Plan {
             Ended::Failed(why) => item.failed(EntryState::Failed, why, now),
         }
         true
+    }
+
+    /// The images that are to be pinned; `known` tells what references mean that were not asked about yet.
+    pub(super) fn pinned(&self, known: impl Fn(&Reference) -> Option<Digest>) -> HashSet<Digest> {
+        let pinned = self.items.values().filter(|item| item.entry.pin.is_some());
+        pinned.filter_map(|item| item.digest.or_else(|| known(&item.entry.image))).collect()
     }
 
     /// When the next entry is due; nothing where none is.

@@ -74,6 +74,29 @@ fn the_list_is_followed_and_a_bad_one_changes_nothing() {
 }
 
 #[test]
+fn what_is_pinned_stays_until_it_leaves_the_list_also_when_the_agent_was_away() {
+    let home = Home::new();
+    let (a, b) = (home.image("a", &[("w", "1")]), home.image("b", &[("w", "2")]));
+    let pinned = format!("images:\n- image: {a}\n  pin: forever\n- image: {b}\n  pin: 1h\n");
+    let (agent, volume) = following(&home, &pinned, &[]);
+    until(&agent, "ready", 2.0);
+    for image in [&a, &b] {
+        let refused = home.fails(&["rm", image]);
+        assert!(refused.contains("pinned by prepull"), "{refused}");
+    }
+    swap(&volume, "1", &format!("images:\n- image: {b}\n  pin: 1h\n"));
+    eventually("a is anybody's to remove", || home.run(&["rm", &a]).status.success().then_some(()));
+    home.fails(&["rm", &b]);
+    agent.terminate();
+
+    swap(&volume, "2", "images: []\n");
+    let list = volume.join("list.yaml");
+    let agent = home.agent(&["--prepull-list", list.to_str().unwrap()]);
+    eventually("and b", || home.run(&["rm", &b]).status.success().then_some(()));
+    agent.terminate();
+}
+
+#[test]
 fn a_list_that_comes_later_is_found() {
     let home = Home::new();
     let a = home.image("a", &[("w", "1")]);
