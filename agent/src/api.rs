@@ -13,6 +13,7 @@
 //!   starts a pull and does not wait for it.
 //! - **Wrong requests are told which field is wrong**: `INVALID_ARGUMENT` with a
 //!   `google.rpc.BadRequest`. Fields that this version does not serve are refused, not ignored.
+//! - **A slow watcher costs nothing**: it loses its place, and is told so.
 //! - **One agent a socket.** A stale socket is replaced, a live one is left alone.
 //!
 //! Who may call is who may open the socket (mode 0660): the wire itself asks nobody.
@@ -28,7 +29,7 @@ use carport_proto::carport::v1::cache_service_server::CacheServiceServer;
 use carport_proto::carport::v1::gpu_service_server::GpuServiceServer;
 use carport_proto::carport::v1::locality_service_server::LocalityServiceServer;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -39,15 +40,23 @@ use crate::state::NodeState;
 
 mod cache;
 pub mod convert;
+mod feed;
 pub mod gpu;
 mod list;
 mod locality;
 mod mask;
+mod watching;
+
+use feed::Feed;
+use watching::MAX_WATCHERS;
 
 /// A request of 32 models, or of a few thousand node names, is far smaller.
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 /// Calls of one connection at a time.
 const MAX_CALLS: usize = 64;
+
+/// A watcher whose machine has gone is found out within two of these.
+const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// What the services answer from.
 #[derive(Clone)]
@@ -56,6 +65,10 @@ pub struct Api {
     state: watch::Receiver<Arc<NodeState>>,
     phase: watch::Receiver<Phase>,
     puller: Puller,
+    feed: Feed,
+    watchers: Arc<Semaphore>,
+    /// Ends watches: they would go on for ever.
+    stop: CancellationToken,
 }
 
 impl Api {
@@ -66,7 +79,16 @@ impl Api {
         phase: watch::Receiver<Phase>,
         puller: Puller,
     ) -> Self {
-        Self { node_name, state, phase, puller }
+        let feed = Feed::new(&state.borrow().revision);
+        let (watchers, stop) = (Arc::new(Semaphore::new(MAX_WATCHERS)), CancellationToken::new());
+        let api = Self { node_name, state, phase, puller, feed, watchers, stop };
+        api.feed.begin(&api);
+        api
+    }
+
+    /// Tells watchers what changes, until `stop`.
+    pub async fn follow(&self, stop: CancellationToken) {
+        self.feed.run(self.clone(), stop).await;
     }
 
     /// Serves on `socket` until `stop`, then lets calls under way end.
@@ -88,10 +110,12 @@ impl Api {
         let locality = LocalityServiceServer::new(self.clone());
         let gpu = GpuServiceServer::new(self.clone());
         let cache = CacheServiceServer::new(self.clone());
+        let watches = self.stop.clone();
         let Socket { listener, path } = socket;
         let incoming = UnixListenerStream::new(listener);
         let mut server = tonic::transport::Server::builder()
             .concurrency_limit_per_connection(MAX_CALLS)
+            .http2_keepalive_interval(Some(KEEPALIVE))
             .timeout(Duration::from_secs(60));
         let result = server
             .add_service(locality.max_decoding_message_size(MAX_REQUEST_BYTES))
@@ -102,6 +126,7 @@ impl Api {
             .add_service(older)
             .serve_with_incoming_shutdown(incoming, async move {
                 stop.cancelled().await;
+                watches.cancel();
                 set_not_serving(&health).await;
             })
             .await;

@@ -141,6 +141,13 @@ impl Agent {
 
         let node = config.node_name.clone();
         let api = Api::new(node, state.clone(), phase_seen.clone(), puller.clone());
+        rest.start({
+            let api = api.clone();
+            |stop| async move {
+                api.follow(stop).await;
+                Ok(())
+            }
+        });
         calls.start(|stop| async move { api.serve(socket, stop).await });
         if let Some(driver) = driver {
             calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });

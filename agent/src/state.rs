@@ -12,7 +12,8 @@
 //! - **Readers never wait.** A reader borrows the newest value; disk, registry and NVML are asked
 //!   by the keeper alone.
 //! - **The revision tells.** Two values of one epoch with the same sequence are equal but for
-//!   pull progress, which is read live from the puller, and for readings: rates, temperatures.
+//!   the bytes of pulls under way, which are read live from the puller, and for readings: rates,
+//!   temperatures. That a pull begins, comes to another stage, or ends is a change.
 //! - **Changes are gathered.** However many events come, the store is read at most ten times a
 //!   second, and its objects are walked at most every two seconds.
 //!

@@ -12,7 +12,10 @@ use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::placement::gpus::{self, Match, Requirement};
 use crate::placement::{self, Fit, Model, Wanted};
-use crate::state::{NodeState, Rates, Trouble, in_flight};
+use crate::state::{NodeState, Rates, Revision, Trouble, in_flight};
+
+/// Whose error codes they are, in `google.rpc.ErrorInfo`.
+pub const DOMAIN: &str = "carport.dev";
 
 /// A request that is wrong whatever the node's state: names the field.
 pub fn invalid(field: &str, why: impl std::fmt::Display) -> Status {
@@ -126,7 +129,8 @@ fn model_state(model: &Model<'_>) -> v1::ModelState {
     }
 }
 
-fn pull_message(pull: &PullProgress, pulls: &[PullProgress], rates: &Rates) -> v1::Pull {
+/// A pull under way.
+pub(super) fn pull_message(pull: &PullProgress, pulls: &[PullProgress], rates: &Rates) -> v1::Pull {
     let source = match pull.reference {
         Reference::Registry(_) => v1::Source::Registry,
         Reference::Layout(_) => v1::Source::Local,
@@ -224,6 +228,11 @@ pub fn pull_failure(state: &PullState) -> Option<v1::Reason> {
 /// A reason of our own.
 pub fn reason(code: &str, message: &str) -> v1::Reason {
     v1::Reason { code: code.into(), message: message.into() }
+}
+
+/// A point in this node's history.
+pub fn revision(revision: &Revision) -> v1::Revision {
+    v1::Revision { epoch: revision.epoch.to_string(), sequence: revision.sequence }
 }
 
 /// A time of this node's clock.

@@ -20,7 +20,7 @@ const MAX_TOKEN_BYTES: usize = 16_384;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     /// What the list is ordered by: digest (empty where it is not known), then reference.
-    key: (String, String),
+    pub(super) key: (String, String),
     /// The same, to be looked up.
     pub(super) wanted: Wanted,
 }

@@ -8,6 +8,7 @@ use carport_proto::carport::v1::locality_service_server::LocalityService;
 use tonic::{Request, Response, Status};
 
 use super::convert::{self, invalid, reason};
+use super::watching::WatchStream;
 use super::{Api, gpu, list, mask};
 use crate::placement::gpus::Requirement;
 use crate::placement::{Model, Wanted, evaluate, score};
@@ -68,18 +69,7 @@ impl LocalityService for Api {
         self.is_this_node(&request.node_name)?;
         let state = self.state();
         let pulls = state.pulls(self.puller.pulls());
-        let node = v1::Node {
-            node_name: self.node_name.clone(),
-            node_uid: String::new(),
-            revision: Some(revision(&state)),
-            state: self.node_state(&state).into(),
-            observe_time: Some(convert::timestamp(state.observed_at)),
-            agent_version: env!("CARGO_PKG_VERSION").into(),
-            store: Some(convert::store(&state, &pulls)),
-            bandwidth: Some(convert::bandwidth(&state, &pulls)),
-            gpus: Some(gpu::inventory(&state.gpus.as_of(Instant::now()))),
-            reasons: convert::reasons(&state.troubles),
-        };
+        let node = self.node(&state, &pulls);
         Ok(Response::new(mask::node(node, request.read_mask.as_ref())?))
     }
 
@@ -102,8 +92,35 @@ impl LocalityService for Api {
                 mask::model(message, request.read_mask.as_ref())
             })
             .collect::<Result<_, Status>>()?;
-        let revision = Some(revision(&state));
+        let revision = Some(convert::revision(&state.revision));
         Ok(Response::new(v1::ListModelsResponse { models, next_page_token, revision }))
+    }
+
+    type WatchStream = WatchStream;
+
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<WatchStream>, Status> {
+        Ok(Response::new(self.watch_from(request.get_ref())?))
+    }
+}
+
+impl Api {
+    /// The node as a whole.
+    pub(super) fn node(&self, state: &NodeState, pulls: &[PullProgress]) -> v1::Node {
+        v1::Node {
+            node_name: self.node_name.clone(),
+            node_uid: String::new(),
+            revision: Some(convert::revision(&state.revision)),
+            state: self.node_state(state).into(),
+            observe_time: Some(convert::timestamp(state.observed_at)),
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            store: Some(convert::store(state, pulls)),
+            bandwidth: Some(convert::bandwidth(state, pulls)),
+            gpus: Some(gpu::inventory(&state.gpus.as_of(Instant::now()))),
+            reasons: convert::reasons(&state.troubles),
+        }
     }
 }
 
@@ -223,10 +240,6 @@ impl Api {
             _ => v1::NodeState::Ready,
         }
     }
-}
-
-fn revision(state: &NodeState) -> v1::Revision {
-    v1::Revision { epoch: state.revision.epoch.to_string(), sequence: state.revision.sequence }
 }
 
 fn other_node(name: &str, own: &str) -> v1::NodeEvaluation {

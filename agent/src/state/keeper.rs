@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use carport_csi::Volumes;
-use carport_image::Puller;
-use carport_image::pull::PullProgress;
+use carport_image::pull::{PullProgress, PullState};
 use carport_image::store::{StoreError, Usage};
+use carport_image::{Digest, Puller, Reference};
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -125,6 +125,8 @@ impl Keeper {
                     walk_due = true;
                 }
                 _ = safety_net.tick() => {
+                    // Of pulls that failed the puller forgets without a word.
+                    self.look_at_pulls().await;
                     contents_due = true;
                     walk_due = true;
                 }
@@ -161,6 +163,7 @@ impl Keeper {
             in_flight(pull) && !pulls.iter().any(|other| same_pull(other, pull))
         };
         self.gone.extend(self.seen.iter().filter(|pull| left(pull)).cloned());
+        let news = stages(&self.seen) != stages(&pulls);
         self.seen = pulls;
         let on_their_way = self.on_their_way();
         let rates = Arc::new(self.rates.clone());
@@ -170,8 +173,12 @@ impl Keeper {
             state.rates = rates;
             state.pulls = on_their_way;
             state.usage.free_bytes = free_bytes.unwrap_or(state.usage.free_bytes);
+            if news {
+                state.revision.sequence += 1;
+                state.observed_at = SystemTime::now();
+            }
             // Readings alone wake nobody.
-            false
+            news
         });
     }
 
@@ -293,6 +300,17 @@ impl NodeState {
             && self.troubles == other.troubles
             && same_gpus(&self.gpus, &other.gpus)
     }
+}
+
+/// What of pulls is news, and not only progress.
+fn stages<'a>(
+    pulls: &'a [PullProgress],
+) -> Vec<(&'a Reference, SystemTime, &'a PullState, Option<Digest>, u64)> {
+    let stage = |pull: &'a PullProgress| {
+        let PullProgress { reference, started_at, state, digest, total_bytes, .. } = pull;
+        (reference, *started_at, state, *digest, *total_bytes)
+    };
+    pulls.iter().map(stage).collect()
 }
 
 /// Equal but for readings: temperatures are no news.

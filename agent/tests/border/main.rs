@@ -11,3 +11,4 @@ mod cli;
 mod prepull;
 mod process;
 mod support;
+mod watch;
