@@ -9,8 +9,8 @@
 //!
 //! # What always holds
 //!
-//! - **Answers come from memory.** No call waits for disk, registry or NVML; `Prefetch`
-//!   starts a pull and does not wait for it.
+//! - **Answers come from memory.** No call that reads waits for disk, registry or NVML; `Prefetch`
+//!   starts a pull and does not wait for it. Other calls that change the node wait for its disk.
 //! - **Wrong requests are told which field is wrong**: `INVALID_ARGUMENT` with a
 //!   `google.rpc.BadRequest`. Fields that this version does not serve are refused, not ignored.
 //! - **A slow watcher costs nothing**: it loses its place, and is told so.
@@ -37,6 +37,7 @@ use tonic_health::server::HealthReporter;
 
 use crate::run::Phase;
 use crate::state::NodeState;
+use crate::warm::Warmer;
 
 mod cache;
 pub mod convert;
@@ -45,9 +46,13 @@ pub mod gpu;
 mod list;
 mod locality;
 mod mask;
+mod prefetch;
+mod requests;
 mod watching;
 
 use feed::Feed;
+use prefetch::Prefetches;
+use requests::Requests;
 use watching::MAX_WATCHERS;
 
 /// A request of 32 models, or of a few thousand node names, is far smaller.
@@ -65,6 +70,9 @@ pub struct Api {
     state: watch::Receiver<Arc<NodeState>>,
     phase: watch::Receiver<Phase>,
     puller: Puller,
+    warmer: Warmer,
+    prefetches: Prefetches,
+    requests: Arc<Requests>,
     feed: Feed,
     watchers: Arc<Semaphore>,
     /// Ends watches: they would go on for ever.
@@ -78,10 +86,23 @@ impl Api {
         state: watch::Receiver<Arc<NodeState>>,
         phase: watch::Receiver<Phase>,
         puller: Puller,
+        warmer: Warmer,
     ) -> Self {
         let feed = Feed::new(&state.borrow().revision);
         let (watchers, stop) = (Arc::new(Semaphore::new(MAX_WATCHERS)), CancellationToken::new());
-        let api = Self { node_name, state, phase, puller, feed, watchers, stop };
+        let (prefetches, requests) = (Prefetches::default(), Arc::default());
+        let api = Self {
+            node_name,
+            state,
+            phase,
+            puller,
+            warmer,
+            prefetches,
+            requests,
+            feed,
+            watchers,
+            stop,
+        };
         api.feed.begin(&api);
         api
     }
@@ -131,6 +152,11 @@ impl Api {
             })
             .await;
         result.with_context(|| format!("serve {}", path.path.display()))
+    }
+
+    /// Waits for what calls have started, once the puller is shut down.
+    pub async fn finish(&self) {
+        self.prefetches.finish().await;
     }
 
     fn state(&self) -> Arc<NodeState> {

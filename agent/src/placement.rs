@@ -3,7 +3,7 @@
 //! Plain values in, plain values out; which GPUs match is in [`gpus`], the wire in [`crate::api`].
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use carport_image::pull::{PullProgress, PullState};
 use carport_image::store::StoredImage;
@@ -101,7 +101,7 @@ pub struct Fit {
     pub free_bytes: u64,
     /// Held by what could be removed.
     pub reclaimable_bytes: u64,
-    /// Promised to pulls of other models.
+    /// Promised to pulls of other models, and to reservations.
     pub reserved_bytes: u64,
 }
 
@@ -139,25 +139,30 @@ pub fn score(eta: Option<Duration>) -> u32 {
     }
 }
 
-/// What images that no volume uses hold, less those of `keep`. Files that images share make this
+/// What images that no volume uses and nobody has pinned hold, less those of `keep`. Files that images share make this
 /// too high, so it is never more than the store holds.
 pub fn reclaimable_bytes(state: &NodeState, keep: &HashSet<Digest>) -> u64 {
-    let idle = state
-        .images
-        .iter()
-        .filter(|(digest, _)| !keep.contains(digest) && state.mounts(digest) == 0);
+    let now = SystemTime::now();
+    let idle = state.images.iter().filter(|(digest, _)| {
+        !keep.contains(digest) && state.mounts(digest) == 0 && !state.is_pinned(digest, now)
+    });
     let idle: u64 = idle.map(|(_, image)| image.unpacked_bytes).sum();
     (idle + state.usage.unused_bytes).min(state.usage.object_bytes)
 }
 
+/// Bytes that pulls under way have still to bring, as far as known, and those of reservations.
+pub fn reserved_bytes(state: &NodeState, pulls: &[PullProgress]) -> u64 {
+    pulls_bytes(pulls).saturating_add(state.reserved_bytes)
+}
+
 /// Bytes that pulls under way have still to bring, as far as known.
-pub fn reserved_bytes(pulls: &[PullProgress]) -> u64 {
+pub fn pulls_bytes(pulls: &[PullProgress]) -> u64 {
     pulls.iter().filter(|pull| in_flight(pull)).filter_map(remaining).sum()
 }
 
 fn fit(missing: u64, models: &[&Model<'_>], state: &NodeState, pulls: &[PullProgress]) -> Fit {
     let keep: HashSet<Digest> = models.iter().filter_map(|model| model.digest).collect();
-    let reserved_bytes = reserved_bytes(pulls).saturating_sub(missing);
+    let reserved_bytes = reserved_bytes(state, pulls).saturating_sub(missing);
     let needed = missing.saturating_add(reserved_bytes);
     let free_bytes = state.usage.free_bytes;
     let reclaimable_bytes = reclaimable_bytes(state, &keep);
@@ -225,9 +230,9 @@ fn at_rate(bytes: u64, bytes_per_second: f64) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::fixtures::{image, node, pull, volume};
+    use crate::state::fixtures::{image, node, pin, pull, volume};
     use std::sync::Arc;
-    use std::time::{SystemTime, UNIX_EPOCH};
+    use std::time::UNIX_EPOCH;
 
     fn wanted(text: &str) -> Wanted {
         Wanted { reference: Some(text.parse().unwrap()), digest: None }
@@ -318,6 +323,16 @@ mod tests {
         assert!(fit(900).fits && !fit(900).fits_without_eviction);
         assert!(!fit(901).fits);
         assert_eq!(fit(1).reclaimable_bytes, 300);
+        // Nor is a pinned image, and what somebody has reserved.
+        let mut pinned = state.clone();
+        let pin = pin(image("r/idle:1", 300).digest, Some(Duration::from_secs(60)));
+        pinned.pins.insert(pin.image, vec![pin.clone()]);
+        let pulls = [pull("r/a:1", 0, 601)];
+        assert!(!ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
+        pinned.pins.get_mut(&pin.image).unwrap()[0].expires_at = Some(UNIX_EPOCH);
+        assert!(ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
+        pinned.reserved_bytes = 300;
+        assert!(!ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
         // A mounted image is not to be had.
         let digest = image("r/idle:1", 300).digest;
         let mut mounted = state.clone();

@@ -140,7 +140,7 @@ impl Agent {
         let address = http.local_addr().context("ask for the HTTP address")?;
 
         let node = config.node_name.clone();
-        let api = Api::new(node, state.clone(), phase_seen.clone(), puller.clone());
+        let api = Api::new(node, state.clone(), phase_seen.clone(), puller.clone(), warmer.clone());
         rest.start({
             let api = api.clone();
             |stop| async move {
@@ -148,7 +148,10 @@ impl Agent {
                 Ok(())
             }
         });
-        calls.start(|stop| async move { api.serve(socket, stop).await });
+        calls.start({
+            let api = api.clone();
+            |stop| async move { api.serve(socket, stop).await }
+        });
         if let Some(driver) = driver {
             calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });
         }
@@ -215,6 +218,7 @@ impl Agent {
         work.end(DRAIN).await;
         warmer.shutdown().await;
         puller.shutdown().await;
+        api.finish().await;
         rest.end(PATIENCE).await;
         gpus.shutdown(PATIENCE).await;
         tracing::info!("stopped; mounts stay");

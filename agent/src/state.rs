@@ -26,7 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use carport_csi::volume::VolumeRecord;
 use carport_image::pull::{PullProgress, PullState};
-use carport_image::store::{RecordKind, Store, StoreError, StoredImage, Usage};
+use carport_image::store::{Pin, RecordKind, Store, StoreError, StoredImage, Usage};
 use carport_image::{Digest, Reference};
 
 use crate::gpu::GpuInventory;
@@ -69,6 +69,10 @@ pub struct NodeState {
     pub references: HashMap<String, Digest>,
     /// Published volumes, by image.
     pub volumes: HashMap<Digest, Vec<VolumeRecord>>,
+    /// Wishes that images stay, by image.
+    pub pins: HashMap<Digest, Vec<Pin>>,
+    /// Room that is kept free for somebody.
+    pub reserved_bytes: u64,
     /// The disk.
     pub usage: Usage,
     /// Pulls in flight when last looked at; [`NodeState::pulls`] has them as they are now.
@@ -89,13 +93,23 @@ struct Contents {
     images: BTreeMap<Digest, Arc<StoredImage>>,
     references: HashMap<String, Digest>,
     volumes: HashMap<Digest, Vec<VolumeRecord>>,
+    pins: HashMap<Digest, Vec<Pin>>,
+    reserved_bytes: u64,
 }
 
 impl Contents {
     /// Blocking: reads one small file an image and a volume.
     fn read(store: &Store) -> Result<Self, StoreError> {
-        let mut contents =
-            Self { images: BTreeMap::new(), references: HashMap::new(), volumes: HashMap::new() };
+        let mut contents = Self {
+            images: BTreeMap::new(),
+            references: HashMap::new(),
+            volumes: HashMap::new(),
+            pins: HashMap::new(),
+            reserved_bytes: store.reservations()?.iter().map(|one| one.bytes).sum(),
+        };
+        for pin in store.pins()? {
+            contents.pins.entry(pin.image).or_default().push(pin);
+        }
         for image in store.images()? {
             for reference in &image.references {
                 contents.references.insert(reference.clone(), image.digest);
@@ -118,6 +132,8 @@ impl NodeState {
             images: BTreeMap::new(),
             references: HashMap::new(),
             volumes: HashMap::new(),
+            pins: HashMap::new(),
+            reserved_bytes: 0,
             usage: Usage::default(),
             pulls: Vec::new(),
             gpus,
@@ -149,6 +165,19 @@ impl NodeState {
     pub fn mounts(&self, digest: &Digest) -> u32 {
         let count = self.volumes.get(digest).map_or(0, Vec::len);
         u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// Whether somebody has wished at `now` that `digest` stays.
+    pub fn is_pinned(&self, digest: &Digest, now: SystemTime) -> bool {
+        let pins = self.pins.get(digest).into_iter().flatten();
+        pins.into_iter().any(|pin| pin.expires_at.is_none_or(|end| end > now))
+    }
+
+    /// Unpacked bytes of images that somebody has pinned.
+    pub fn pinned_bytes(&self) -> u64 {
+        let now = SystemTime::now();
+        let pinned = self.images.values().filter(|image| self.is_pinned(&image.digest, now));
+        pinned.map(|image| image.unpacked_bytes).sum()
     }
 
     /// Unpacked bytes of images that published volumes use.
@@ -257,6 +286,17 @@ pub(crate) mod fixtures {
             pin_seconds: None,
             pod: None,
             published_at: UNIX_EPOCH,
+        }
+    }
+
+    /// Somebody's wish, which ends so long from now or not at all.
+    pub(crate) fn pin(image: Digest, ttl: Option<std::time::Duration>) -> Pin {
+        Pin {
+            owner: "somebody".parse().unwrap(),
+            image,
+            reference: None,
+            created_at: UNIX_EPOCH,
+            expires_at: ttl.map(|ttl| SystemTime::now() + ttl),
         }
     }
 

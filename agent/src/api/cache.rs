@@ -1,110 +1,307 @@
 //! `CacheService`: what the node should hold.
+//!
+//! These calls change the node, so they may wait for its disk. Each can be repeated: with an id it is
+//! answered as before, and without one it does the same again.
 
-use carport_image::Reference;
-use carport_image::pull::{Priority, PullRequest};
+use std::time::{Duration, SystemTime};
+
+use carport_image::Digest;
+use carport_image::store::{Owner, PinRequest, Reservation, StoreError};
 use carport_proto::carport::v1;
 use carport_proto::carport::v1::cache_service_server::CacheService;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
+use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::Api;
 use super::convert::{self, invalid};
+use super::prefetch::{self, Prefetch};
 use crate::placement::{Model, Wanted};
 use crate::run::Phase;
-use crate::state::in_flight;
 
-/// Pulls at a time; a caller that asks for more should ask again later.
-const MAX_PULLS: usize = 256;
+/// A reservation outlives no pull.
+const MAX_RESERVATION: Duration = Duration::from_secs(86_400);
+/// A pin that lasts longer is one without an end.
+const MAX_PIN: Duration = Duration::from_secs(3650 * 86_400);
+
+type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl CacheService for Api {
     async fn prefetch(
         &self,
         request: Request<v1::PrefetchRequest>,
-    ) -> Result<Response<v1::PrefetchResponse>, Status> {
+    ) -> Answer<v1::PrefetchResponse> {
         let request = request.into_inner();
         for name in &request.node_names {
             self.is_this_node(name)?;
         }
-        refuse_what_is_not_served(&request)?;
-        let asked = request.model.as_ref().ok_or_else(|| invalid("model", "name a model"))?;
-        let wanted = convert::wanted(asked, "model")?;
-        let reference = exact(&wanted)?;
-        if self.phase() == Phase::Draining {
-            return Err(Status::unavailable("the agent is stopping; ask again when it is back"));
+        let wanted = model(request.model.as_ref())?;
+        let reference = prefetch::exact(&wanted)?;
+        let pin = request.pin_ttl.map(|ttl| length("pin_ttl", ttl, MAX_PIN)).transpose()?;
+        let id = &request.request_id;
+        if let Some(before) = self.requests.answered("Prefetch", id, &request)? {
+            return Ok(Response::new(before));
         }
-        let stored = Model::find(&wanted, &self.state(), &[]).image.is_some();
-        if !stored && !request.validate_only {
-            let pulls = self.puller.pulls();
-            let new = !pulls.iter().any(|p| in_flight(p) && p.reference == reference);
-            if new && pulls.iter().filter(|pull| in_flight(pull)).count() >= MAX_PULLS {
-                return Err(Status::resource_exhausted(format!(
-                    "{MAX_PULLS} pulls are under way; ask again when some are done"
-                )));
-            }
-            // The puller owns it from here on, and logs how it ends.
-            let priority = Priority::Prefetch(0);
-            let request = PullRequest { priority, ..PullRequest::new(reference) };
-            self.puller.start(request).detach();
+        self.refuse_while_draining()?;
+        if !request.validate_only {
+            let warm = request.warm_page_cache;
+            let prefetch = Prefetch { reference, priority: request.priority, pin, warm };
+            self.prefetches.start(prefetch, &self.puller, &self.warmer)?;
         }
         let state = self.state();
         let pulls = state.pulls(self.puller.pulls());
         let model = Model::find(&wanted, &state, &pulls);
         let model = convert::model(&model, &state, &pulls, false);
-        Ok(Response::new(v1::PrefetchResponse { model: Some(model), nodes: Vec::new() }))
+        let answer = v1::PrefetchResponse { model: Some(model), nodes: Vec::new() };
+        self.requests.remember("Prefetch", id, &request, &answer);
+        Ok(Response::new(answer))
+    }
+
+    async fn cancel_prefetch(
+        &self,
+        request: Request<v1::CancelPrefetchRequest>,
+    ) -> Answer<v1::CancelPrefetchResponse> {
+        let request = request.into_inner();
+        let wanted = model(request.model.as_ref())?;
+        let reference = prefetch::exact(&wanted)?;
+        let id = &request.request_id;
+        if let Some(before) = self.requests.answered("CancelPrefetch", id, &request)? {
+            return Ok(Response::new(before));
+        }
+        let answer = v1::CancelPrefetchResponse { cancelled: self.prefetches.cancel(&reference) };
+        self.requests.remember("CancelPrefetch", id, &request, &answer);
+        Ok(Response::new(answer))
+    }
+
+    async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
+        let request = request.into_inner();
+        let wanted = model(request.model.as_ref())?;
+        let owner = owner(&request.owner)?;
+        let ttl = request.ttl.map(|ttl| length("ttl", ttl, MAX_PIN)).transpose()?;
+        let id = &request.request_id;
+        if let Some(before) = self.requests.answered("Pin", id, &request)? {
+            return Ok(Response::new(before));
+        }
+        self.refuse_while_draining()?;
+        let digest = self.stored(&wanted).await?;
+        let expires_at = ttl.map(|ttl| SystemTime::now() + ttl);
+        if !request.validate_only {
+            let pin = PinRequest { owner: owner.clone(), expires_at };
+            let reference = wanted.reference.clone();
+            let pinned =
+                self.disk(move |store| store.pin(&digest, reference.as_ref(), &pin)).await?;
+            pinned.ok_or_else(|| not_here(&wanted))?;
+        }
+        let expire_time = expires_at.map(convert::timestamp);
+        let answer = v1::PinResponse {
+            model: Some(named(&wanted, digest)),
+            pin: Some(v1::Pin { owner: owner.to_string(), expire_time }),
+        };
+        self.requests.remember("Pin", id, &request, &answer);
+        Ok(Response::new(answer))
+    }
+
+    async fn unpin(&self, request: Request<v1::UnpinRequest>) -> Answer<v1::UnpinResponse> {
+        let request = request.into_inner();
+        let wanted = model(request.model.as_ref())?;
+        let owner = owner(&request.owner)?;
+        let id = &request.request_id;
+        if let Some(before) = self.requests.answered("Unpin", id, &request)? {
+            return Ok(Response::new(before));
+        }
+        let removed = match self.digest(&wanted).await? {
+            Some(digest) => self.disk(move |store| store.unpin(&digest, &owner)).await?,
+            None => false,
+        };
+        let answer = v1::UnpinResponse { removed };
+        self.requests.remember("Unpin", id, &request, &answer);
+        Ok(Response::new(answer))
+    }
+
+    async fn reserve_space(
+        &self,
+        request: Request<v1::ReserveSpaceRequest>,
+    ) -> Answer<v1::ReserveSpaceResponse> {
+        let request = request.into_inner();
+        if !(1..=200).contains(&request.reservation_id.len()) {
+            return Err(invalid("reservation_id", "write 1 to 200 bytes"));
+        }
+        if request.bytes == 0 {
+            return Err(invalid("bytes", "write how many"));
+        }
+        let ttl = request.ttl.ok_or_else(|| invalid("ttl", "write for how long"))?;
+        let expires_at = SystemTime::now() + length("ttl", ttl, MAX_RESERVATION)?;
+        let reference = match &request.model {
+            None => None,
+            Some(asked) => Some(prefetch::exact(&convert::wanted(asked, "model")?)?),
+        };
+        let reservation = Reservation {
+            id: request.reservation_id.clone(),
+            owner: owner(&request.owner)?,
+            bytes: request.bytes,
+            reference,
+            expires_at,
+        };
+        self.refuse_while_draining()?;
+        let (bytes, dry) = (request.bytes, request.validate_only);
+        let room = self
+            .disk(move |store| {
+                let room = store.room()?;
+                if !dry {
+                    store.reserve(&reservation)?;
+                }
+                Ok(room)
+            })
+            .await?;
+        let reclaimable_bytes = room.held.evictable_bytes.saturating_add(room.unused_bytes);
+        let reserved_bytes = room.taken.pulls_bytes.saturating_add(room.taken.reserved_bytes);
+        let needed = bytes.saturating_add(reserved_bytes);
+        let free_bytes = room.space.free_bytes;
+        let fit = v1::Fit {
+            fits: needed <= free_bytes.saturating_add(reclaimable_bytes),
+            fits_without_eviction: needed <= free_bytes,
+            free_bytes,
+            reclaimable_bytes,
+            reserved_bytes,
+        };
+        let expire_time = Some(convert::timestamp(expires_at));
+        Ok(Response::new(v1::ReserveSpaceResponse { fit: Some(fit), expire_time }))
+    }
+
+    async fn release_space(
+        &self,
+        request: Request<v1::ReleaseSpaceRequest>,
+    ) -> Answer<v1::ReleaseSpaceResponse> {
+        let id = request.into_inner().reservation_id;
+        let released = self.disk(move |store| store.release(&id)).await?;
+        Ok(Response::new(v1::ReleaseSpaceResponse { released }))
+    }
+
+    async fn evict(&self, request: Request<v1::EvictRequest>) -> Answer<v1::EvictResponse> {
+        let request = request.into_inner();
+        let wanted = model(request.model.as_ref())?;
+        let id = &request.request_id;
+        if let Some(before) = self.requests.answered("Evict", id, &request)? {
+            return Ok(Response::new(before));
+        }
+        self.refuse_while_draining()?;
+        let answer = match self.digest(&wanted).await? {
+            None => v1::EvictResponse::default(),
+            Some(digest) if request.validate_only => {
+                let usage = self.disk(|store| store.image_usage()).await?;
+                let of_it = usage.iter().find(|usage| usage.image.digest == digest);
+                v1::EvictResponse {
+                    removed: of_it.is_some(),
+                    freed_bytes: of_it.map_or(0, |usage| usage.unique_bytes),
+                }
+            }
+            Some(digest) => {
+                self.disk(move |store| {
+                    let removed = store.remove(&digest)?;
+                    let freed_bytes = if removed { store.collect()?.bytes } else { 0 };
+                    Ok(v1::EvictResponse { removed, freed_bytes })
+                })
+                .await?
+            }
+        };
+        self.requests.remember("Evict", id, &request, &answer);
+        Ok(Response::new(answer))
     }
 }
 
-/// What the field promises must not be dropped in silence.
-fn refuse_what_is_not_served(request: &v1::PrefetchRequest) -> Result<(), Status> {
-    let refused = [
-        ("priority", request.priority != 0),
-        ("pin_ttl", request.pin_ttl.is_some()),
-        ("warm_page_cache", request.warm_page_cache),
-    ];
-    match refused.iter().find(|(_, set)| *set) {
-        Some((field, _)) => Err(invalid(field, "not served by this version; leave it out")),
-        None => Ok(()),
+impl Api {
+    fn refuse_while_draining(&self) -> Result<(), Status> {
+        match self.phase() {
+            Phase::Draining => {
+                let why = "the agent is stopping; ask again when it is back";
+                let details = ErrorDetails::with_retry_info(Some(Duration::from_secs(5)));
+                Err(Status::with_error_details(Code::Unavailable, why, details))
+            }
+            Phase::Starting | Phase::Serving => Ok(()),
+        }
+    }
+
+    /// Work on the store, on a thread that may wait. It goes on when the caller goes away.
+    async fn disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&carport_image::Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Status> {
+        let store = self.puller.store().clone();
+        match tokio::task::spawn_blocking(move || work(&store)).await {
+            Ok(result) => result.map_err(|error| store_failure(&error)),
+            Err(error) => Err(Status::internal(format!("work on the store: {error}"))),
+        }
+    }
+
+    /// The image that is meant, as the store has it now: the state may be a moment behind.
+    async fn digest(&self, wanted: &Wanted) -> Result<Option<Digest>, Status> {
+        let wanted = wanted.clone();
+        self.disk(move |store| match (wanted.digest, &wanted.reference) {
+            (Some(digest), _) => Ok(store.image(&digest)?.map(|image| image.digest)),
+            (None, Some(reference)) => store.lookup(reference),
+            (None, None) => Ok(None),
+        })
+        .await
+    }
+
+    async fn stored(&self, wanted: &Wanted) -> Result<Digest, Status> {
+        self.digest(wanted).await?.ok_or_else(|| not_here(wanted))
     }
 }
 
-/// The reference to pull, held to the digest where one is given.
-fn exact(wanted: &Wanted) -> Result<Reference, Status> {
-    let Some(reference) = &wanted.reference else {
-        return Err(invalid("model.reference", "a digest alone does not say where to pull from"));
+fn model(asked: Option<&v1::ModelRef>) -> Result<Wanted, Status> {
+    let asked = asked.ok_or_else(|| invalid("model", "name a model"))?;
+    convert::wanted(asked, "model")
+}
+
+fn owner(text: &str) -> Result<Owner, Status> {
+    text.parse().map_err(|why| invalid("owner", why))
+}
+
+fn length(field: &str, ttl: prost_types::Duration, most: Duration) -> Result<Duration, Status> {
+    match Duration::try_from(ttl) {
+        Ok(length) if !length.is_zero() && length <= most => Ok(length),
+        _ => {
+            let most = humantime::format_duration(most);
+            Err(invalid(field, format!("write a length of time of at most {most}")))
+        }
+    }
+}
+
+fn named(wanted: &Wanted, digest: Digest) -> v1::ModelRef {
+    v1::ModelRef {
+        reference: wanted.reference.as_ref().map(ToString::to_string).unwrap_or_default(),
+        digest: digest.to_string(),
+        platform: String::new(),
+    }
+}
+
+fn not_here(wanted: &Wanted) -> Status {
+    let name = match (&wanted.reference, wanted.digest) {
+        (Some(reference), _) => reference.to_string(),
+        (None, digest) => digest.map(|digest| digest.to_string()).unwrap_or_default(),
     };
-    match (wanted.digest, reference.digest()) {
-        (Some(digest), None) => {
-            format!("{reference}@{digest}").parse().map_err(|why| invalid("model.digest", why))
-        }
-        (Some(digest), Some(own)) if digest != own => {
-            Err(invalid("model.digest", format!("the reference says {own}")))
-        }
-        _ => Ok(reference.clone()),
-    }
+    let why = format!("{name}: not on this node; prefetch it first");
+    let details = ErrorDetails::with_resource_info("model", name, "", &why);
+    Status::with_error_details(Code::NotFound, why, details)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use carport_image::Digest;
-
-    #[test]
-    fn a_digest_beside_a_tag_decides() {
-        let digest = Digest::of(b"x");
-        let reference: Reference = "r:5000/a:1".parse().unwrap();
-        let wanted = Wanted { reference: Some(reference), digest: Some(digest) };
-        assert_eq!(exact(&wanted).unwrap().digest(), Some(digest));
-        let other =
-            Wanted { digest: Some(Digest::of(b"y")), reference: Some(exact(&wanted).unwrap()) };
-        assert_eq!(exact(&other).unwrap_err().code(), tonic::Code::InvalidArgument);
-        let nowhere = Wanted { reference: None, digest: Some(digest) };
-        assert!(exact(&nowhere).unwrap_err().message().starts_with("model.reference: "));
-    }
-
-    #[test]
-    fn promises_that_are_not_kept_are_refused_by_name() {
-        let request = v1::PrefetchRequest { priority: 1, ..Default::default() };
-        let error = refuse_what_is_not_served(&request).unwrap_err();
-        assert!(error.message().starts_with("priority: "), "{}", error.message());
+/// What a caller can do about the store's troubles.
+fn store_failure(error: &StoreError) -> Status {
+    let why = error.to_string();
+    let info = |reason: &str| ErrorDetails::with_error_info(reason, convert::DOMAIN, []);
+    match error {
+        StoreError::NoSpace { .. } => {
+            Status::with_error_details(Code::ResourceExhausted, why, info("NO_SPACE"))
+        }
+        StoreError::InUse(_) => {
+            let mut details = info("IN_USE");
+            details.add_precondition_failure_violation("IN_USE", "model", &why);
+            Status::with_error_details(Code::FailedPrecondition, why, details)
+        }
+        StoreError::Io { .. } | StoreError::Format(_) | StoreError::Corrupt(_) => {
+            tracing::error!(%error, "work on the store");
+            Status::with_error_details(Code::Internal, why, info("STORE"))
+        }
     }
 }

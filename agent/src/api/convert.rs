@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use carport_csi::volume::PodInfo;
 use carport_image::pull::{PullProgress, PullState};
+use carport_image::store::{Pin, StoredImage};
 use carport_image::{Digest, Reference};
 use carport_proto::carport::v1;
 use prost_types::Timestamp;
@@ -101,8 +102,13 @@ pub fn model(
         let volumes = state.volumes.get(&image.digest).into_iter().flatten();
         let last_use = volumes.map(|volume| volume.published_at).max();
         answer.last_use_time = last_use.map(timestamp);
-        // Nothing is removed unless someone asks for it.
-        answer.eviction_risk = v1::EvictionRisk::None.into();
+        let now = SystemTime::now();
+        let pins = state.pins.get(&image.digest).into_iter().flatten();
+        let longest = pins
+            .filter(|pin| pin.expires_at.is_none_or(|end| end > now))
+            .max_by_key(|pin| (pin.expires_at.is_none(), pin.expires_at));
+        answer.pin = longest.map(pin);
+        answer.eviction_risk = eviction_risk(image, state, now).into();
         if with_pods {
             let volumes = state.volumes.get(&image.digest).into_iter().flatten();
             answer.pods = volumes.filter_map(|volume| volume.pod.as_ref()).map(pod).collect();
@@ -116,6 +122,22 @@ pub fn model(
         answer.last_error = pull_failure(&pull.state);
     }
     answer
+}
+
+/// The pin that lasts longest speaks for all.
+pub(super) fn pin(pin: &Pin) -> v1::Pin {
+    v1::Pin { owner: pin.owner.to_string(), expire_time: pin.expires_at.map(timestamp) }
+}
+
+fn eviction_risk(image: &StoredImage, state: &NodeState, now: SystemTime) -> v1::EvictionRisk {
+    let kept = state.mounts(&image.digest) > 0 || state.is_pinned(&image.digest, now);
+    if kept {
+        v1::EvictionRisk::None
+    } else if state.troubles.iter().any(|trouble| trouble.code == "DISK_PRESSURE") {
+        v1::EvictionRisk::High
+    } else {
+        v1::EvictionRisk::Low
+    }
 }
 
 fn model_state(model: &Model<'_>) -> v1::ModelState {
@@ -180,13 +202,13 @@ pub fn store(state: &NodeState, pulls: &[PullProgress]) -> v1::Store {
         capacity_bytes: usage.capacity_bytes,
         used_bytes: usage.object_bytes,
         free_bytes: usage.free_bytes,
-        pinned_bytes: 0,
+        pinned_bytes: state.pinned_bytes(),
         mounted_bytes: state.mounted_bytes(),
         reclaimable_bytes: placement::reclaimable_bytes(state, &Default::default()),
         dedupe_saved_bytes: usage
             .image_bytes
             .saturating_sub(usage.object_bytes.saturating_sub(usage.unused_bytes)),
-        reserved_bytes: placement::reserved_bytes(pulls),
+        reserved_bytes: placement::reserved_bytes(state, pulls),
     }
 }
 
@@ -210,7 +232,7 @@ pub fn bandwidth(state: &NodeState, pulls: &[PullProgress]) -> v1::Bandwidth {
         disk_read_bytes_per_second: None,
         active_pulls: count(active.count()),
         queued_pulls: 0,
-        queued_bytes: placement::reserved_bytes(pulls),
+        queued_bytes: placement::pulls_bytes(pulls),
     }
 }
 

@@ -10,6 +10,7 @@ use tonic::Code;
 use super::*;
 use crate::run::Phase;
 use crate::state::fixtures::{image, node};
+use crate::warm::Warmer;
 
 struct Bench {
     _dir: tempfile::TempDir,
@@ -25,7 +26,17 @@ impl Bench {
         let puller = Puller::new(store, sources, PullOptions::default());
         let (state, seen) = watch::channel(Arc::new(node(vec![image("r/a:1", 1)])));
         let (_, phase) = watch::channel(Phase::Serving);
-        Self { _dir: dir, state, api: Api::new("n".into(), seen, phase, puller) }
+        Self {
+            _dir: dir,
+            state,
+            api: Api::new(
+                "n".into(),
+                seen,
+                phase,
+                puller.clone(),
+                Warmer::new(puller.store().clone()),
+            ),
+        }
     }
 
     /// The node has these images now.

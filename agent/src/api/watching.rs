@@ -32,7 +32,7 @@ const MAX_MODELS: usize = 1_000;
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// The stream of answers.
-pub type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchResponse, Status>> + Send>>;
+pub(super) type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchResponse, Status>> + Send>>;
 
 /// Which messages somebody wants.
 #[derive(Debug)]

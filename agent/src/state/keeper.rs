@@ -249,6 +249,8 @@ impl NodeState {
         self.images = contents.images;
         self.references = contents.references;
         self.volumes = contents.volumes;
+        self.pins = contents.pins;
+        self.reserved_bytes = contents.reserved_bytes;
     }
 
     /// Takes what became of the pre-pull list, and of that what is wrong.
@@ -296,6 +298,8 @@ impl NodeState {
         self.images == other.images
             && self.references == other.references
             && self.volumes == other.volumes
+            && self.pins == other.pins
+            && self.reserved_bytes == other.reserved_bytes
             && self.usage == other.usage
             && self.troubles == other.troubles
             && same_gpus(&self.gpus, &other.gpus)
@@ -358,7 +362,7 @@ fn watch_store(root: &Path, dirty: &Arc<Notify>) -> Option<notify::RecommendedWa
         notified.notify_one();
     });
     let watched = watcher.and_then(|mut watcher| {
-        for name in ["trees", "refs", "volumes"] {
+        for name in ["trees", "refs", "volumes", "pins", "reservations"] {
             let directory = root.join(name);
             if directory.is_dir() {
                 watcher.watch(&directory, RecursiveMode::NonRecursive)?;

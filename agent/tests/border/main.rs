@@ -7,6 +7,7 @@
 
 mod api;
 mod capacity;
+mod cache;
 mod cli;
 mod prepull;
 mod process;
