@@ -1,4 +1,4 @@
-//! The node's gRPC API on a unix socket.
+//! The node's gRPC API on a unix socket, and over TCP where that is configured.
 //!
 //! ```text
 //! socket ─► LocalityService ─┐                       ┌─ NodeState (watch)
@@ -16,7 +16,8 @@
 //! - **A slow watcher costs nothing**: it loses its place, and is told so.
 //! - **One agent a socket.** A stale socket is replaced, a live one is left alone.
 //!
-//! Who may call is who may open the socket (mode 0660): the wire itself asks nobody.
+//! Who may call is who may open the socket (mode 0660): the wire itself asks nobody. Over TCP it does:
+//! see [`tcp`] and [`access`].
 
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -28,17 +29,22 @@ use carport_image::Puller;
 use carport_proto::carport::v1::cache_service_server::CacheServiceServer;
 use carport_proto::carport::v1::gpu_service_server::GpuServiceServer;
 use carport_proto::carport::v1::locality_service_server::LocalityServiceServer;
+use futures_util::Stream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::server::Connected;
 use tonic_health::server::HealthReporter;
 
 use crate::run::Phase;
 use crate::state::NodeState;
 use crate::warm::Warmer;
 
+pub mod access;
 mod cache;
 pub mod convert;
 mod feed;
@@ -48,11 +54,14 @@ mod locality;
 mod mask;
 mod prefetch;
 mod requests;
+pub mod tcp;
 mod watching;
 
+use access::Guard;
 use feed::Feed;
 use prefetch::Prefetches;
 use requests::Requests;
+use tcp::Tcp;
 use watching::MAX_WATCHERS;
 
 /// A request of 32 models, or of a few thousand node names, is far smaller.
@@ -118,6 +127,32 @@ impl Api {
     ///
     /// When the transport fails.
     pub async fn serve(&self, socket: Socket, stop: CancellationToken) -> anyhow::Result<()> {
+        let Socket { listener, path } = socket;
+        let incoming = UnixListenerStream::new(listener);
+        let result = self.serve_on(incoming, &Guard::Open, stop).await;
+        result.with_context(|| format!("serve {}", path.path.display()))
+    }
+
+    /// As [`Api::serve`], for those who may call over TCP.
+    ///
+    /// # Errors
+    ///
+    /// When the transport fails.
+    pub async fn serve_tcp(&self, tcp: Tcp, stop: CancellationToken) -> anyhow::Result<()> {
+        let guard = tcp.guard();
+        let result = self.serve_on(tcp.incoming(stop.clone()), &guard, stop).await;
+        result.context("serve the API over TCP")
+    }
+
+    async fn serve_on<C>(
+        &self,
+        incoming: impl Stream<Item = std::io::Result<C>>,
+        guard: &Guard,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()>
+    where
+        C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    {
         let (health, health_service) = tonic_health::server::health_reporter();
         set_serving(&health).await;
         let descriptors = || {
@@ -131,27 +166,31 @@ impl Api {
         let locality = LocalityServiceServer::new(self.clone());
         let gpu = GpuServiceServer::new(self.clone());
         let cache = CacheServiceServer::new(self.clone());
+        let (locality, gpu, cache) = (
+            locality.max_decoding_message_size(MAX_REQUEST_BYTES),
+            gpu.max_decoding_message_size(MAX_REQUEST_BYTES),
+            cache.max_decoding_message_size(MAX_REQUEST_BYTES),
+        );
         let watches = self.stop.clone();
-        let Socket { listener, path } = socket;
-        let incoming = UnixListenerStream::new(listener);
         let mut server = tonic::transport::Server::builder()
             .concurrency_limit_per_connection(MAX_CALLS)
             .http2_keepalive_interval(Some(KEEPALIVE))
             .timeout(Duration::from_secs(60));
-        let result = server
-            .add_service(locality.max_decoding_message_size(MAX_REQUEST_BYTES))
-            .add_service(gpu.max_decoding_message_size(MAX_REQUEST_BYTES))
-            .add_service(cache.max_decoding_message_size(MAX_REQUEST_BYTES))
+        // Health is told to all who come as far as this: it says nothing of the node.
+        server
+            .add_service(InterceptedService::new(locality, guard.reads()))
+            .add_service(InterceptedService::new(gpu, guard.reads()))
+            .add_service(InterceptedService::new(cache, guard.writes()))
             .add_service(health_service)
-            .add_service(reflection)
-            .add_service(older)
+            .add_service(InterceptedService::new(reflection, guard.reads()))
+            .add_service(InterceptedService::new(older, guard.reads()))
             .serve_with_incoming_shutdown(incoming, async move {
                 stop.cancelled().await;
                 watches.cancel();
                 set_not_serving(&health).await;
             })
-            .await;
-        result.with_context(|| format!("serve {}", path.path.display()))
+            .await?;
+        Ok(())
     }
 
     /// Waits for what calls have started, once the puller is shut down.

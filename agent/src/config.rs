@@ -91,6 +91,31 @@ pub struct Api {
     /// The unix socket that is served, mode 0660.
     #[serde(deserialize_with = "text::socket_path")]
     pub socket: PathBuf,
+    /// The same over TCP.
+    pub tcp: Tcp,
+}
+
+/// The gRPC API over TCP, with TLS.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Tcp {
+    /// Address and port; absent: not served.
+    #[serde(deserialize_with = "text::optional_socket_addr")]
+    pub listen: Option<SocketAddr>,
+    /// The agent's certificate chain, PEM.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub certificate: Option<PathBuf>,
+    /// Its key, PEM.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub key: Option<PathBuf>,
+    /// Callers need a certificate of one of these authorities, PEM.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub client_ca: Option<PathBuf>,
+    /// Callers need a token of this file.
+    #[serde(deserialize_with = "text::optional_absolute")]
+    pub tokens: Option<PathBuf>,
+    /// Whether calls that change the node are served, to those who may.
+    pub writes: bool,
 }
 
 /// Metrics, liveness and readiness over plain HTTP.
@@ -268,7 +293,7 @@ impl Default for Config {
             node_name: host_name(),
             root: home.root(),
             store: Capacity::default(),
-            api: Api { socket: home.socket() },
+            api: Api { socket: home.socket(), tcp: Tcp::default() },
             http: Http::default(),
             csi: Csi { enabled: home == Home::System, ..Csi::default() },
             registries: Registries::default(),
@@ -282,7 +307,7 @@ impl Default for Config {
 
 impl Default for Api {
     fn default() -> Self {
-        Self { socket: Home::of_this_user().socket() }
+        Self { socket: Home::of_this_user().socket(), tcp: Tcp::default() }
     }
 }
 
@@ -420,6 +445,18 @@ impl Config {
                      one or raise the other"
                 ),
             ));
+        }
+        let Tcp { listen, certificate, key, client_ca, tokens, .. } = &self.api.tcp;
+        if listen.is_some() {
+            if certificate.is_none() || key.is_none() {
+                let why = "TLS needs api.tcp.certificate and api.tcp.key; write both, or null";
+                return Err(ConfigError::field("api.tcp.listen", why));
+            }
+            if client_ca.is_none() && tokens.is_none() {
+                let why = "nobody would be asked who they are; write api.tcp.clientCa, \
+                           api.tcp.tokens or both";
+                return Err(ConfigError::field("api.tcp.listen", why));
+            }
         }
         let connections = self.registries.connections;
         let too_few = |why: String| {

@@ -27,5 +27,5 @@ pub mod progress;
 pub mod run;
 pub mod scrub;
 pub mod state;
-pub mod watermark;
 pub mod warm;
+pub mod watermark;

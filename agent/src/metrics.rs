@@ -31,9 +31,9 @@ mod volumes;
 
 use gpus::GpuMetrics;
 pub use scrub::ScrubMetrics;
-pub use store::StoreMetrics;
 #[cfg(test)]
 pub(crate) use gpus::tests::one_gpu;
+pub use store::StoreMetrics;
 pub use volumes::VolumeMetrics;
 
 /// What an OpenMetrics scraper expects to be told.

@@ -28,6 +28,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::tcp::Tcp;
 use crate::api::{Api, Socket};
 use crate::config::Config;
 use crate::gpu::{self, GpuHandle};
@@ -36,8 +37,8 @@ use crate::metrics::Metrics;
 use crate::prepull::{self, Prepull};
 use crate::scrub;
 use crate::state::{Keeper, NodeState};
-use crate::watermark;
 use crate::warm::Warmer;
+use crate::watermark;
 
 /// How long calls under way may take to end; Kubernetes kills after 30 s.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -86,6 +87,7 @@ struct Agent {
     prepull: watch::Sender<Arc<prepull::Report>>,
     state: watch::Receiver<Arc<NodeState>>,
     socket: Socket,
+    tcp: Option<Tcp>,
     http: tokio::net::TcpListener,
 }
 
@@ -98,6 +100,7 @@ impl Agent {
         );
         // The socket first: where another agent runs, nothing of its store is touched.
         let socket = Socket::bind(&config.api.socket).await?;
+        let tcp = Tcp::bind(&config.api.tcp).await?;
         let http = http::bind(config.http.listen).await?;
         let root = config.root.clone();
         let store = tokio::task::spawn_blocking(move || Store::open(root)).await??;
@@ -127,12 +130,35 @@ impl Agent {
         let (keeper, state) =
             Keeper::new(puller.clone(), volumes, gpus.reader(), reported, Arc::clone(&metrics))
                 .await?;
-        Ok(Self { config, puller, driver, gpus, metrics, keeper, prepull, state, socket, http })
+        Ok(Self {
+            config,
+            puller,
+            driver,
+            gpus,
+            metrics,
+            keeper,
+            prepull,
+            state,
+            socket,
+            tcp,
+            http,
+        })
     }
 
     async fn serve(self, end: impl Future<Output = &'static str>) -> anyhow::Result<()> {
-        let Self { config, puller, driver, gpus, metrics, keeper, prepull, state, socket, http } =
-            self;
+        let Self {
+            config,
+            puller,
+            driver,
+            gpus,
+            metrics,
+            keeper,
+            prepull,
+            state,
+            socket,
+            tcp,
+            http,
+        } = self;
         let warmer = Warmer::new(puller.store().clone());
         let (phase, phase_seen) = watch::channel(Phase::Starting);
         let (mut calls, mut work, mut rest) =
@@ -152,6 +178,11 @@ impl Agent {
             let api = api.clone();
             |stop| async move { api.serve(socket, stop).await }
         });
+        let tcp_address = tcp.as_ref().map(|tcp| tcp.address().to_string());
+        if let Some(tcp) = tcp {
+            let api = api.clone();
+            calls.start(|stop| async move { api.serve_tcp(tcp, stop).await });
+        }
         if let Some(driver) = driver {
             calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });
         }
@@ -197,6 +228,7 @@ impl Agent {
             root = %config.root.display(),
             socket = %config.api.socket.display(),
             http = %address,
+            tcp = tcp_address,
             version = env!("CARGO_PKG_VERSION"),
             "serving"
         );

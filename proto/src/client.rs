@@ -1,11 +1,20 @@
-//! A client's way to the agent: a gRPC channel over its unix socket.
+//! A client's way to the agent: a gRPC channel over its unix socket, or over TCP with TLS.
 
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use std::sync::Arc;
+
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::service::Interceptor;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Status};
 
 /// Why there is no channel to the agent. Each message says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -76,4 +85,111 @@ pub fn dial(path: &Path) -> Channel {
     });
     // The URI only names the authority; "localhost" is what the kubelet sends, too.
     Endpoint::from_static("http://localhost").connect_with_connector_lazy(dial)
+}
+
+/// What TLS to an agent needs. Files are PEM.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// The authorities that the agent's certificate must come from.
+    pub ca: PathBuf,
+    /// The caller's certificate chain and key, where the agent asks for one.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// The name in the agent's certificate; absent: the host that is connected to.
+    pub server_name: Option<String>,
+}
+
+/// Why there is no channel over TCP.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file of [`Tls`] cannot be read, or is not what it must be.
+    #[error("{}: {why}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The address is none, or the certificates do not go together.
+    #[error("connect to {address}: {why}")]
+    Address {
+        /// As it was given.
+        address: String,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// A channel to the agent at `address`, `HOST:PORT`: connects when it is first used, and again after
+/// a loss. Called within a runtime.
+///
+/// # Errors
+///
+/// When a file cannot be used; nothing is sent yet.
+pub fn connect_tls(address: &str, tls: &Tls) -> Result<Channel, TlsError> {
+    let wrong = |why: String| TlsError::Address { address: address.to_owned(), why };
+    let (host, _) = address.rsplit_once(':').ok_or_else(|| wrong("write HOST:PORT".into()))?;
+    let name = tls.server_name.clone().unwrap_or_else(|| host.trim_matches(['[', ']']).to_owned());
+    let name = ServerName::try_from(name).map_err(|why| wrong(why.to_string()))?;
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(&tls.ca)? {
+        roots.add(certificate).map_err(|why| file(&tls.ca, why))?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|why| wrong(why.to_string()))?
+        .with_root_certificates(roots);
+    let mut config = match &tls.identity {
+        None => builder.with_no_client_auth(),
+        Some((chain, key_path)) => {
+            let key = PrivateKeyDer::from_pem_file(key_path).map_err(|why| file(key_path, why))?;
+            builder
+                .with_client_auth_cert(certificates(chain)?, key)
+                .map_err(|why| file(chain, why))?
+        }
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = TlsConnector::from(Arc::new(config));
+    let target = address.to_owned();
+    let dial = tower::service_fn(move |_| {
+        let (target, connector, name) = (target.clone(), connector.clone(), name.clone());
+        async move {
+            let stream = TcpStream::connect(target).await?;
+            stream.set_nodelay(true)?;
+            connector.connect(name, stream).await.map(TokioIo::new)
+        }
+    });
+    // TLS is the connector's; the URI only names the authority.
+    let endpoint = Endpoint::from_shared(format!("http://{address}"));
+    Ok(endpoint.map_err(|why| wrong(why.to_string()))?.connect_with_connector_lazy(dial))
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|why| file(path, why))
+}
+
+fn file(path: &Path, why: impl std::fmt::Display) -> TlsError {
+    TlsError::File { path: path.to_owned(), why: why.to_string() }
+}
+
+/// Sends a token with each call: `LocalityServiceClient::with_interceptor(channel, bearer)`.
+#[derive(Clone)]
+pub struct Bearer(MetadataValue<Ascii>);
+
+impl Bearer {
+    /// `None`: what cannot be sent, such as a token with a line break.
+    pub fn new(token: &str) -> Option<Self> {
+        let mut value: MetadataValue<Ascii> = format!("Bearer {token}").parse().ok()?;
+        value.set_sensitive(true);
+        Some(Self(value))
+    }
+}
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("authorization", self.0.clone());
+        Ok(request)
+    }
 }

@@ -311,6 +311,13 @@ pub(super) fn socket_addr<'de, D: Deserializer<'de>>(from: D) -> Result<SocketAd
     parsed(from, parse_socket_addr)
 }
 
+pub(super) fn optional_socket_addr<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<SocketAddr>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|text| parse_socket_addr(&text).map_err(D::Error::custom)).transpose()
+}
+
 pub(super) fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
     parsed(from, parse_duration)
 }

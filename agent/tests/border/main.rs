@@ -6,10 +6,11 @@
 #![allow(clippy::unwrap_used, reason = "a test says by panicking that it fails")]
 
 mod api;
-mod capacity;
 mod cache;
+mod capacity;
 mod cli;
 mod prepull;
 mod process;
 mod support;
+mod tcp;
 mod watch;

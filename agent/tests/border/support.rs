@@ -129,6 +129,8 @@ pub(crate) struct Agent {
     child: Child,
     events: mpsc::Receiver<Value>,
     pub(crate) http: SocketAddr,
+    /// Where the API is served over TCP, if it is.
+    pub(crate) tcp: Option<String>,
 }
 
 impl Agent {
@@ -146,9 +148,11 @@ impl Agent {
                 }
             }
         });
-        let mut agent = Self { child, events, http: SocketAddr::from(([127, 0, 0, 1], 0)) };
+        let http = SocketAddr::from(([127, 0, 0, 1], 0));
+        let mut agent = Self { child, events, http, tcp: None };
         let serving = agent.event("serving");
         agent.http = serving["http"].as_str().unwrap().parse().unwrap();
+        agent.tcp = serving["tcp"].as_str().map(str::to_owned);
         agent
     }
 
