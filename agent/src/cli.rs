@@ -226,6 +226,30 @@ pub enum Command {
     ///
     /// JSON: an array of what `carport pin` prints.
     Pins,
+    /// Ask the daemon to bring models here, and do not wait.
+    ///
+    /// `carport watch` shows how far they are.
+    ///
+    /// JSON: an array of models as in `carport status`.
+    #[command(
+        after_help = "Example:\n  carport prefetch registry.example/team/llama:v1 --priority 5 --pin 24h"
+    )]
+    Prefetch(PrefetchArgs),
+    /// Show what the node has, then what changes, until interrupted.
+    ///
+    /// A watch that breaks goes on where it was.
+    ///
+    /// JSON: one object a line: {event, sequence, model (as in `carport status`), reference, digest}. The events
+    /// are node, model, gone, progress, gpus, synced and heartbeat; what does not belong to one is null.
+    #[command(after_help = "Example:\n  carport watch -o json | jq 'select(.event == \"model\")'")]
+    Watch {
+        /// Only these models: references, or digests (sha256:…) [default: all].
+        #[arg(value_name = "REF")]
+        references: Vec<String>,
+        /// End when all that is there has been shown.
+        #[arg(long)]
+        once: bool,
+    },
     /// Take images out of the store.
     ///
     /// Their bytes go with `carport gc`. An image that a volume uses or somebody has pinned is refused.
@@ -441,6 +465,26 @@ pub struct LocateArgs {
     /// A regular expression that the GPU's product name matches.
     #[arg(long, value_name = "REGEX", requires = "gpus")]
     pub gpu_product: Option<String>,
+}
+
+/// Flags of `carport prefetch`.
+#[derive(Debug, Args)]
+pub struct PrefetchArgs {
+    /// What to bring here.
+    #[arg(value_name = "REF", required = true)]
+    pub references: Vec<String>,
+    /// Higher goes first among prefetches.
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub priority: u32,
+    /// Keep them for so long once they are here.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub pin: Option<std::time::Duration>,
+    /// Read their files into the page cache when they are here.
+    #[arg(long)]
+    pub warm: bool,
+    /// Take earlier prefetches of them back.
+    #[arg(long, conflicts_with_all = ["priority", "pin", "warm"])]
+    pub cancel: bool,
 }
 
 impl Global {

@@ -22,9 +22,11 @@ mod mount;
 mod pack;
 mod pins;
 mod plan;
+mod prefetch;
 mod pull;
 mod status;
 mod verify;
+mod watch;
 
 /// How long threads that hang (in a driver, on a dead disk) may hold up the process's end.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -121,6 +123,10 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Status => status::run(output, &config).await,
             Command::Gpus { topo } => gpus::run(output, topo, &config).await,
             Command::Locate(arguments) => locate::run(output, &config, arguments).await,
+            Command::Prefetch(arguments) => prefetch::run(output, &config, arguments).await,
+            Command::Watch { references, once } => {
+                watch::run(output, &config, references, once).await
+            }
         }
     });
     runtime.shutdown_timeout(PATIENCE);

@@ -37,7 +37,7 @@ pub(super) fn refused(status: &Status) -> anyhow::Error {
 }
 
 /// One model on a node.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(super) struct Model {
     pub(super) reference: String,
     pub(super) digest: String,

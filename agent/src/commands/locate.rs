@@ -79,7 +79,7 @@ pub(super) async fn run(
     print(output, &nodes, |nodes| nodes.iter().map(text).collect::<Vec<_>>().join("\n"))
 }
 
-fn model_ref(text: String) -> v1::ModelRef {
+pub(super) fn model_ref(text: String) -> v1::ModelRef {
     // A digest alone asks about an image by what it is.
     match text.parse::<carport_image::Digest>() {
         Ok(_) => v1::ModelRef { digest: text, ..Default::default() },

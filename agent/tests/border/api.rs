@@ -239,6 +239,21 @@ async fn commands_print_what_the_agent_says() {
         let text = crate::support::stdout(&home.run(arguments));
         assert!(text.contains(part) && text.contains(&reference), "{text}");
     }
+    let prefetched = home.json(&["prefetch", &reference, "--pin", "1h"]);
+    assert_eq!(
+        (&prefetched[0]["state"], &prefetched[0]["total_bytes"]),
+        (&"ready".into(), &5.into())
+    );
+    assert_eq!(home.json(&["prefetch", "--cancel", "oci:/absent:v1"])[0]["state"], "not under way");
+    let watched = crate::support::stdout(&home.run(&["watch", "--once", "-o", "json"]));
+    let lines: Vec<serde_json::Value> =
+        watched.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let events: Vec<_> = lines.iter().map(|line| line["event"].as_str().unwrap()).collect();
+    assert_eq!(events, ["node", "gpus", "model", "synced"]);
+    assert_eq!(lines[2]["model"]["reference"], reference.as_str());
+    assert!(lines[3]["sequence"].is_u64());
+    let text = crate::support::stdout(&home.run(&["watch", "--once", &reference]));
+    assert!(text.contains(&format!("model    {reference} ready, 5 B\n")), "{text}");
     assert!(home.fails(&["locate", "Not A Ref"]).contains("models[0].reference"));
     stop(agent).await;
 }
