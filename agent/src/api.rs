@@ -173,6 +173,8 @@ impl Api {
         );
         let watches = self.stop.clone();
         let mut server = tonic::transport::Server::builder()
+            // What a call causes to be logged says which call it was.
+            .trace_fn(|request| tracing::info_span!("rpc", method = request.uri().path()))
             .concurrency_limit_per_connection(MAX_CALLS)
             .http2_keepalive_interval(Some(KEEPALIVE))
             .timeout(Duration::from_secs(60));

@@ -1,5 +1,6 @@
-//! Metrics and health over plain HTTP.
+//! Metrics, health and a status page over plain HTTP.
 //!
+//! - `/`: the status page;
 //! - `/metrics`: OpenMetrics text;
 //! - `/healthz`: 200 while the process answers and keeps its state; else restart it;
 //! - `/readyz`: 200 once the store is open and all sockets are served, until the drain.
@@ -17,13 +18,21 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use carport_image::Puller;
+
 use crate::metrics::{CONTENT_TYPE, Metrics};
 use crate::run::Phase;
 use crate::state::NodeState;
 
+mod page;
+
 /// What the pages are made of.
 #[derive(Clone)]
 pub struct Pages {
+    /// Whose they are.
+    pub node_name: String,
+    /// Its pulls, as they are now.
+    pub puller: Puller,
     /// The node.
     pub state: watch::Receiver<Arc<NodeState>>,
     /// How far the agent is.
@@ -56,6 +65,7 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     let router = Router::new()
+        .route("/", get(status))
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -72,6 +82,18 @@ async fn metrics(State(pages): State<Pages>) -> Response {
         Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
+}
+
+async fn status(State(pages): State<Pages>) -> Response {
+    let state = pages.state.borrow().clone();
+    let pulls = state.pulls(pages.puller.pulls());
+    let html = page::render(&pages.node_name, *pages.phase.borrow(), &state, &pulls);
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        (header::CONTENT_SECURITY_POLICY, page::POLICY),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    (headers, html).into_response()
 }
 
 async fn healthz(State(pages): State<Pages>) -> Response {

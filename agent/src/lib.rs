@@ -21,6 +21,7 @@ pub mod http;
 pub mod logging;
 pub mod metrics;
 pub mod output;
+pub mod page_cache;
 pub mod placement;
 pub mod prepull;
 pub mod progress;

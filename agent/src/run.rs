@@ -220,7 +220,13 @@ impl Agent {
             keeper.run(stop).await;
             Ok(())
         });
-        let pages = Pages { state, phase: phase_seen, metrics };
+        let pages = Pages {
+            node_name: config.node_name.clone(),
+            puller: puller.clone(),
+            state,
+            phase: phase_seen,
+            metrics,
+        };
         rest.start(|stop| http::serve(http, pages, stop));
         phase.send_replace(Phase::Serving);
         tracing::info!(

@@ -30,6 +30,7 @@ use carport_image::store::{Pin, RecordKind, Store, StoreError, StoredImage, Usag
 use carport_image::{Digest, Reference};
 
 use crate::gpu::GpuInventory;
+use crate::page_cache::Sample;
 use crate::prepull;
 
 mod keeper;
@@ -77,6 +78,8 @@ pub struct NodeState {
     pub usage: Usage,
     /// Pulls in flight when last looked at; [`NodeState::pulls`] has them as they are now.
     pulls: Vec<PullProgress>,
+    /// What of each image is in memory, as far as it was looked at. A reading: no change of it is news.
+    pub page_cache: Arc<HashMap<Digest, Sample>>,
     /// The GPUs as last seen; read them with `as_of`, which knows when that is too long ago.
     pub gpus: Arc<GpuInventory>,
     /// What registries gave lately.
@@ -136,6 +139,7 @@ impl NodeState {
             reserved_bytes: 0,
             usage: Usage::default(),
             pulls: Vec::new(),
+            page_cache: Arc::default(),
             gpus,
             rates: Arc::default(),
             prepull: Arc::default(),

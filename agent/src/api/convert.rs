@@ -98,6 +98,10 @@ pub fn model(
         answer.total_bytes = Some(image.unpacked_bytes);
         answer.present_bytes = image.unpacked_bytes;
         answer.download_bytes = Some(0);
+        if let Some(sample) = state.page_cache.get(&image.digest) {
+            answer.page_cache_bytes = Some(sample.bytes);
+            answer.sample_time = Some(timestamp(sample.at));
+        }
         answer.mount_count = state.mounts(&image.digest);
         let volumes = state.volumes.get(&image.digest).into_iter().flatten();
         let last_use = volumes.map(|volume| volume.published_at).max();

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Contents, NodeState, Rates, Trouble, in_flight, same_pull};
 use crate::gpu::{GpuInventory, GpuReader};
 use crate::metrics::Metrics;
+use crate::page_cache::{self, Sampler};
 use crate::placement::gpus::is_free;
 use crate::prepull::{self, EntryState};
 
@@ -39,6 +40,7 @@ pub struct Keeper {
     metrics: Arc<Metrics>,
     state: watch::Sender<Arc<NodeState>>,
     rates: Rates,
+    sampler: Sampler,
     // Pulls as last looked at, to count what they brought since.
     seen: Vec<PullProgress>,
     // Pulls that have left the puller's list; whether they succeeded the next reading tells.
@@ -80,6 +82,7 @@ impl Keeper {
             metrics,
             state,
             rates: Rates::default(),
+            sampler: Sampler::default(),
             seen: Vec::new(),
             gone: Vec::new(),
             _watcher: watcher,
@@ -98,6 +101,8 @@ impl Keeper {
         sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut safety_net = tokio::time::interval(SAFETY_NET);
         safety_net.tick().await;
+        let mut page_cache = tokio::time::interval(page_cache::TURN);
+        page_cache.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut walked = Instant::now();
         let mut read = walked;
         let mut walk_due = false;
@@ -136,6 +141,7 @@ impl Keeper {
                     self.publish(|state| state.adopt_report(report));
                 }
                 gpus = self.gpus.changed() => self.publish(|state| state.gpus = gpus),
+                _ = page_cache.tick() => self.look_at_page_cache().await,
                 _ = sample.tick(), if busy => self.look_at_pulls().await,
                 () = tokio::time::sleep_until(walked + USAGE_SPACING), if walk_due => {
                     contents_due = true;
@@ -179,6 +185,23 @@ impl Keeper {
             }
             // Readings alone wake nobody.
             news
+        });
+    }
+
+    /// Looks at some images' part of the page cache.
+    async fn look_at_page_cache(&mut self) {
+        let images: Vec<Digest> = self.state.borrow().images.keys().copied().collect();
+        let (store, mut sampler) = (self.puller.store().clone(), std::mem::take(&mut self.sampler));
+        let turn = tokio::task::spawn_blocking(move || {
+            let samples = Arc::new(sampler.turn(&store, &images).clone());
+            (sampler, samples)
+        });
+        // Only a panic gets here: it then begins anew.
+        let Ok((sampler, samples)) = turn.await else { return };
+        self.sampler = sampler;
+        self.state.send_if_modified(|state| {
+            Arc::make_mut(state).page_cache = samples;
+            false
         });
     }
 

@@ -11,6 +11,7 @@ mod capacity;
 mod cli;
 mod prepull;
 mod process;
+mod status_page;
 mod support;
 mod tcp;
 mod watch;
