@@ -14,15 +14,15 @@
 //! - **The revision tells.** Two values of one epoch with the same sequence are equal but for
 //!   the bytes of pulls under way, which are read live from the puller, and for readings: rates,
 //!   temperatures. That a pull begins, comes to another stage, or ends is a change.
-//! - **Changes are gathered.** However many events come, the store is read at most ten times a
-//!   second, and its objects are walked at most every two seconds.
+//! - **Changes are gathered.** However many events come, the store is read for a quarter of the time at
+//!   most, and its objects are walked at most every two seconds.
 //!
 //! Other processes (`carport pull` on the same root) change the store, too: its directories
 //! are watched, and read again once a minute in case a watch was not to be had.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use carport_csi::volume::VolumeRecord;
 use carport_image::pull::{PullProgress, PullState};
@@ -101,8 +101,10 @@ struct Contents {
 }
 
 impl Contents {
-    /// Blocking: reads one small file an image and a volume.
-    fn read(store: &Store) -> Result<Self, StoreError> {
+    /// Blocking: reads one small file an image and a volume; of images only where `before` is not
+    /// true any more.
+    fn read(store: &Store, before: Option<&Known>) -> Result<(Self, Known), StoreError> {
+        let now = ImagesAt::look(store);
         let mut contents = Self {
             images: BTreeMap::new(),
             references: HashMap::new(),
@@ -113,18 +115,64 @@ impl Contents {
         for pin in store.pins()? {
             contents.pins.entry(pin.image).or_default().push(pin);
         }
-        for image in store.images()? {
+        match before.filter(|before| before.at.holds(&now)) {
+            Some(before) => contents.images.clone_from(&before.images),
+            None => {
+                for image in store.images()? {
+                    contents.images.insert(image.digest, Arc::new(image));
+                }
+            }
+        }
+        for image in contents.images.values() {
             for reference in &image.references {
                 contents.references.insert(reference.clone(), image.digest);
             }
-            contents.images.insert(image.digest, Arc::new(image));
         }
         for (_, volume) in store.records(RecordKind::Volumes).list::<VolumeRecord>()? {
             contents.volumes.entry(volume.digest).or_default().push(volume);
         }
-        Ok(contents)
+        let known = Known { at: now, images: contents.images.clone() };
+        Ok((contents, known))
     }
 }
+
+/// Images as they were read, and of when that is true.
+#[derive(Debug)]
+struct Known {
+    at: ImagesAt,
+    images: BTreeMap<Digest, Arc<StoredImage>>,
+}
+
+/// When the folders that images are read from were looked at, and had last changed: trees and
+/// references come, change and go by rename, which a folder's time tells.
+#[derive(Debug, PartialEq, Eq)]
+struct ImagesAt {
+    looked: SystemTime,
+    changed: [Option<SystemTime>; 2],
+}
+
+impl ImagesAt {
+    fn look(store: &Store) -> Self {
+        let changed = ["trees", "refs"].map(|name| {
+            std::fs::metadata(store.root().join(name)).and_then(|meta| meta.modified()).ok()
+        });
+        Self { looked: SystemTime::now(), changed }
+    }
+
+    /// Whether what was read then is what `now` is there. A change within the clock's step after the look has
+    /// the same time as one before it, so a folder that had just changed is read again.
+    fn holds(&self, now: &Self) -> bool {
+        let quiet = |changed: &Option<SystemTime>| {
+            changed.is_some_and(|changed| {
+                self.looked.duration_since(changed).is_ok_and(|age| age > CLOCK_STEP)
+            })
+        };
+        self.changed == now.changed && self.changed.iter().all(quiet)
+    }
+}
+
+/// Longer than the clock of any file system stands still.
+const CLOCK_STEP: Duration = Duration::from_millis(100);
 
 impl NodeState {
     /// A node that holds nothing yet.
@@ -223,6 +271,26 @@ mod tests {
     }
 
     #[test]
+    fn images_are_read_again_when_a_folder_has_changed_or_had_just_changed() {
+        let at = |seconds: f64| UNIX_EPOCH + Duration::from_secs_f64(seconds);
+        let look = |looked, trees, refs| ImagesAt {
+            looked: at(looked),
+            changed: [trees, refs].map(|changed: Option<f64>| changed.map(at)),
+        };
+        let now = look(20.0, Some(5.0), Some(6.0));
+        assert!(look(10.0, Some(5.0), Some(6.0)).holds(&now));
+        for before in [
+            look(10.0, Some(5.0), Some(5.9)),
+            look(6.05, Some(5.0), Some(6.0)),
+            // A clock that was set back.
+            look(4.0, Some(5.0), Some(6.0)),
+        ] {
+            assert!(!before.holds(&now), "{before:?}");
+        }
+        assert!(!look(10.0, None, Some(6.0)).holds(&look(20.0, None, Some(6.0))));
+    }
+
+    #[test]
     fn a_reference_means_its_own_digest_or_what_was_recorded() {
         let state = node(vec![image("r/a:1", 1)]);
         let digest = image("r/a:1", 1).digest;
@@ -294,7 +362,7 @@ pub(crate) mod fixtures {
     }
 
     /// Somebody's wish, which ends so long from now or not at all.
-    pub(crate) fn pin(image: Digest, ttl: Option<std::time::Duration>) -> Pin {
+    pub(crate) fn pin(image: Digest, ttl: Option<Duration>) -> Pin {
         Pin {
             owner: "somebody".parse().unwrap(),
             image,

@@ -13,15 +13,17 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::{Contents, NodeState, Rates, Trouble, in_flight, same_pull};
+use super::{Contents, Known, NodeState, Rates, Trouble, in_flight, same_pull};
 use crate::gpu::{GpuInventory, GpuReader};
 use crate::metrics::Metrics;
 use crate::page_cache::{self, Sampler};
 use crate::placement::gpus::is_free;
 use crate::prepull::{self, EntryState};
 
-/// From one reading of the store to the next; events within this time share one.
-const SPACING: Duration = Duration::from_millis(100);
+/// From one reading of the store to the next, at least; events within this time share one.
+const SPACING: Duration = Duration::from_millis(20);
+/// And at most, however long one takes.
+const MAX_SPACING: Duration = Duration::from_secs(2);
 /// The store is read again after so long, whatever the watches say.
 const SAFETY_NET: Duration = Duration::from_secs(60);
 /// Walking the objects of a full store costs some tens of milliseconds: not more often than this.
@@ -41,6 +43,7 @@ pub struct Keeper {
     state: watch::Sender<Arc<NodeState>>,
     rates: Rates,
     sampler: Sampler,
+    known: Option<Known>,
     // Pulls as last looked at, to count what they brought since.
     seen: Vec<PullProgress>,
     // Pulls that have left the puller's list; whether they succeeded the next reading tells.
@@ -67,7 +70,7 @@ impl Keeper {
         // Before the first reading, so that no change falls between the two.
         let watcher = watch_store(puller.store().root(), &dirty);
         let mut state = NodeState::empty(gpus.current());
-        let (contents, usage) = read(&puller, true).await?;
+        let (contents, known, usage) = read(&puller, None, true).await?;
         state.adopt(contents);
         if let Some(usage) = usage {
             state.usage = usage;
@@ -83,6 +86,7 @@ impl Keeper {
             state,
             rates: Rates::default(),
             sampler: Sampler::default(),
+            known: Some(known),
             seen: Vec::new(),
             gone: Vec::new(),
             _watcher: watcher,
@@ -104,7 +108,7 @@ impl Keeper {
         let mut page_cache = tokio::time::interval(page_cache::TURN);
         page_cache.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut walked = Instant::now();
-        let mut read = walked;
+        let (mut read, mut spacing) = (walked, SPACING);
         let mut walk_due = false;
         loop {
             let busy = self.seen.iter().any(in_flight);
@@ -148,10 +152,13 @@ impl Keeper {
                 }
             }
             if contents_due {
-                tokio::time::sleep_until(read + SPACING).await;
+                tokio::time::sleep_until(read + spacing).await;
                 let walk = walk_due && walked.elapsed() >= USAGE_SPACING;
+                let begun = Instant::now();
                 self.read_store(walk).await;
                 read = Instant::now();
+                // A quarter of the time, and the rest for others.
+                spacing = (3 * begun.elapsed()).clamp(SPACING, MAX_SPACING);
                 if walk {
                     walked = Instant::now();
                     walk_due = false;
@@ -212,8 +219,9 @@ impl Keeper {
     }
 
     async fn read_store(&mut self, walk: bool) {
-        match read(&self.puller, walk).await {
-            Ok((contents, usage)) => {
+        match read(&self.puller, self.known.take(), walk).await {
+            Ok((contents, known, usage)) => {
+                self.known = Some(known);
                 let gone = std::mem::take(&mut self.gone);
                 let on_their_way = self.on_their_way();
                 self.publish(|state| {
@@ -353,11 +361,16 @@ fn same_gpus(a: &GpuInventory, b: &GpuInventory) -> bool {
         && news(a) == news(b)
 }
 
-async fn read(puller: &Puller, walk: bool) -> Result<(Contents, Option<Usage>), StoreError> {
+async fn read(
+    puller: &Puller,
+    before: Option<Known>,
+    walk: bool,
+) -> Result<(Contents, Known, Option<Usage>), StoreError> {
     let store = puller.store().clone();
     let read = move || {
         let usage = if walk { Some(store.usage()?) } else { None };
-        Ok((Contents::read(&store)?, usage))
+        let (contents, known) = Contents::read(&store, before.as_ref())?;
+        Ok((contents, known, usage))
     };
     match tokio::task::spawn_blocking(read).await {
         Ok(result) => result,

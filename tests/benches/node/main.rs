@@ -13,6 +13,7 @@ use anyhow::Context as _;
 
 mod containerd;
 mod finetune;
+mod locality;
 mod measure;
 mod packed;
 mod podman;
@@ -48,6 +49,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("volume") {
         volume::run(carport, &mut report).await.context("bench of volumes")?;
+    }
+    if wanted("locality") {
+        locality::run(carport, &mut report).await.context("bench of the API")?;
     }
     report.table();
     Ok(())
