@@ -188,7 +188,7 @@ impl CacheService for Api {
         let answer = match self.digest(&wanted).await? {
             None => v1::EvictResponse::default(),
             Some(digest) if request.validate_only => {
-                let usage = self.disk(|store| store.image_usage()).await?;
+                let usage = self.disk(carport_image::Store::image_usage).await?;
                 let of_it = usage.iter().find(|usage| usage.image.digest == digest);
                 v1::EvictResponse {
                     removed: of_it.is_some(),

@@ -33,10 +33,13 @@ pub(super) struct Prefetch {
     pub(super) warm: bool,
 }
 
+/// By image, each with a number and what ends it.
+type Running = HashMap<Reference, Vec<(u64, CancellationToken)>>;
+
 /// Those under way. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Prefetches {
-    running: Arc<Mutex<HashMap<Reference, Vec<(u64, CancellationToken)>>>>,
+    running: Arc<Mutex<Running>>,
     tasks: TaskTracker,
 }
 
@@ -119,7 +122,7 @@ impl Prefetches {
         }
     }
 
-    fn running(&self) -> MutexGuard<'_, HashMap<Reference, Vec<(u64, CancellationToken)>>> {
+    fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
