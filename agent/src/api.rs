@@ -35,10 +35,11 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Connected;
+use tonic::{Code, Status};
 use tonic_health::server::HealthReporter;
+use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::run::Phase;
 use crate::state::NodeState;
@@ -222,10 +223,9 @@ impl Api {
             return Ok(());
         }
         let name: String = name.chars().take(253).collect();
-        Err(Status::not_found(format!(
-            "node {name}: this agent answers for {} only",
-            self.node_name
-        )))
+        let why = format!("node {name}: this agent answers for {} only", self.node_name);
+        let details = ErrorDetails::with_resource_info("node", name, "", &why);
+        Err(Status::with_error_details(Code::NotFound, why, details))
     }
 }
 

@@ -153,7 +153,9 @@ async fn a_wrong_request_is_told_which_field_is_wrong() {
         assert_eq!(violations[0].field, field);
     }
     let elsewhere = v1::GetNodeRequest { node_name: "node-2".into(), ..Default::default() };
-    assert_eq!(client.get_node(elsewhere).await.unwrap_err().code(), Code::NotFound);
+    let status = client.get_node(elsewhere).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+    assert_eq!(status.get_error_details().resource_info().unwrap().resource_name, "node-2");
     let huge = ask(vec![named(&"x".repeat(2 << 20))]);
     assert_eq!(client.evaluate_placement(huge).await.unwrap_err().code(), Code::OutOfRange);
     stop(agent).await;
