@@ -143,10 +143,10 @@ pub fn score(eta: Option<Duration>) -> u32 {
 /// too high, so it is never more than the store holds.
 pub fn reclaimable_bytes(state: &NodeState, keep: &HashSet<Digest>) -> u64 {
     let now = SystemTime::now();
-    let idle = state.images.iter().filter(|(digest, _)| {
-        !keep.contains(digest) && state.mounts(digest) == 0 && !state.is_pinned(digest, now)
-    });
-    let idle: u64 = idle.map(|(_, image)| image.unpacked_bytes).sum();
+    let kept = keep.iter().filter(|digest| state.is_idle(digest, now));
+    let kept = kept.filter_map(|digest| state.images.get(digest));
+    let kept: u64 = kept.map(|image| image.unpacked_bytes).sum();
+    let idle = state.idle_bytes.saturating_sub(kept);
     (idle + state.usage.unused_bytes).min(state.usage.object_bytes)
 }
 
@@ -327,9 +327,11 @@ mod tests {
         let mut pinned = state.clone();
         let pin = pin(image("r/idle:1", 300).digest, Some(Duration::from_secs(60)));
         pinned.pins.insert(pin.image, vec![pin.clone()]);
+        pinned.reckon();
         let pulls = [pull("r/a:1", 0, 601)];
         assert!(!ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
         pinned.pins.get_mut(&pin.image).unwrap()[0].expires_at = Some(UNIX_EPOCH);
+        pinned.reckon();
         assert!(ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
         pinned.reserved_bytes = 300;
         assert!(!ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
@@ -337,6 +339,7 @@ mod tests {
         let digest = image("r/idle:1", 300).digest;
         let mut mounted = state.clone();
         mounted.volumes.insert(digest, vec![volume(digest)]);
+        mounted.reckon();
         let pulls = [pull("r/a:1", 0, 601)];
         assert!(!ask(&["r/a:1"], &mounted, &pulls).fit.unwrap().fits);
     }

@@ -74,6 +74,8 @@ pub struct NodeState {
     pub pins: HashMap<Digest, Vec<Pin>>,
     /// Room that is kept free for somebody.
     pub reserved_bytes: u64,
+    /// Unpacked bytes of images that no volume uses and nobody has pinned; see [`NodeState::reckon`].
+    pub idle_bytes: u64,
     /// The disk.
     pub usage: Usage,
     /// Pulls in flight when last looked at; [`NodeState::pulls`] has them as they are now.
@@ -185,6 +187,7 @@ impl NodeState {
             volumes: HashMap::new(),
             pins: HashMap::new(),
             reserved_bytes: 0,
+            idle_bytes: 0,
             usage: Usage::default(),
             pulls: Vec::new(),
             page_cache: Arc::default(),
@@ -217,6 +220,19 @@ impl NodeState {
     pub fn mounts(&self, digest: &Digest) -> u32 {
         let count = self.volumes.get(digest).map_or(0, Vec::len);
         u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// Whether no volume uses `digest` and nobody has wished at `now` that it stays.
+    pub fn is_idle(&self, digest: &Digest, now: SystemTime) -> bool {
+        !self.volumes.contains_key(digest) && !self.is_pinned(digest, now)
+    }
+
+    /// Sums up what every question asks for. After each change of images, volumes and pins; a pin whose time is
+    /// over is seen with the next one, within a minute.
+    pub(crate) fn reckon(&mut self) {
+        let now = SystemTime::now();
+        let idle = self.images.values().filter(|image| self.is_idle(&image.digest, now));
+        self.idle_bytes = idle.map(|image| image.unpacked_bytes).sum();
     }
 
     /// Whether somebody has wished at `now` that `digest` stays.
@@ -331,6 +347,7 @@ pub(crate) mod fixtures {
             }
             state.images.insert(image.digest, Arc::new(image));
         }
+        state.reckon();
         state.usage.capacity_bytes = 1_000;
         state.usage.free_bytes = 600;
         state

@@ -282,6 +282,7 @@ impl NodeState {
         self.volumes = contents.volumes;
         self.pins = contents.pins;
         self.reserved_bytes = contents.reserved_bytes;
+        self.reckon();
     }
 
     /// Takes what became of the pre-pull list, and of that what is wrong.
@@ -331,6 +332,7 @@ impl NodeState {
             && self.volumes == other.volumes
             && self.pins == other.pins
             && self.reserved_bytes == other.reserved_bytes
+            && self.idle_bytes == other.idle_bytes
             && self.usage == other.usage
             && self.troubles == other.troubles
             && same_gpus(&self.gpus, &other.gpus)
