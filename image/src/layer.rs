@@ -25,11 +25,11 @@
 //! hash state, tar state, and what is on the disk. [`Resumed`] picks it up. The
 //! unpacking thread chooses the places ([`Marks`]): there, nothing waits in its
 //! buffer, so that no byte is written twice.
-//! A compressed layer starts again: its decoder's state cannot be saved.
+//! A decoder's state cannot be saved, so a compressed layer goes on at the border of a zstd frame or gzip
+//! member ([`inflate`]): what many programs write in one piece starts again.
 
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 use bytes::Bytes;
@@ -41,14 +41,19 @@ use crate::digest::Digest;
 use crate::manifest::{Compression, Layer};
 use crate::store::{Ingest, LayerRecord, StoreError};
 
+mod back;
 mod file;
+mod front;
+mod inflate;
 mod plan;
 mod sift;
 pub(crate) mod tar;
 mod unpack;
 
+use back::Unpacking;
 pub(crate) use file::{Buffer, FileReader};
-pub(crate) use plan::{Local, Plan, Segment, Told, overlaps};
+use front::{Front, Marks, Step};
+pub(crate) use plan::{Local, Plan, Told, overlaps};
 pub(crate) use sift::{Sifted, Wanted, sift};
 pub(crate) use tar::clean_path;
 use unpack::{Progress, Unpacker};
@@ -56,13 +61,6 @@ use unpack::{Progress, Unpacker};
 /// Bytes between two checkpoints: what a crash costs at most, beside what is on the wire. Each
 /// costs a flush of the disk's cache, so much smaller would be felt.
 const CHECKPOINT_BYTES: u64 = 32 * 1024 * 1024;
-
-/// How far behind the hashing thread the unpacking one can be: the queue, in chunks of a MiB, and
-/// some. A place that is nearer may have been passed already.
-const LEAD_BYTES: u64 = 12 * 1024 * 1024;
-
-/// Bytes that are fetched on, after a layer turned out unreadable, to learn whether it was altered.
-const VERDICT_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Chunks between the two threads: enough to even out their pace, few enough to count for nothing.
 const QUEUE: usize = 8;
@@ -107,10 +105,21 @@ pub(crate) struct Resumed {
     ingest: Ingest,
     layer: Layer,
     diff_id: Option<Digest>,
-    blob_hash: Sha256,
-    unpacker: Unpacker,
-    offset: u64,
+    at: Place,
     plan: Plan,
+}
+
+/// How far a layer is.
+struct Place {
+    /// Bytes of the blob that need not come again.
+    offset: u64,
+    /// Over them.
+    blob_hash: Sha256,
+    /// Over what they unpack to; absent where that is the same.
+    unpacked_hash: Option<Sha256>,
+    /// Whether all of them went through `blob_hash`.
+    sees_blob: bool,
+    unpacker: Unpacker,
 }
 
 /// Where a layer's bytes go on, for who plans where they come from.
@@ -134,7 +143,23 @@ struct Checkpoint<P> {
     offset: u64,
     /// State of the SHA-256 over them, in hex.
     sha256: String,
+    /// The same over what they unpack to, of a compressed blob.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unpacked_sha256: Option<String>,
+    /// False where local files stood in for a part of them.
+    #[serde(default = "yes")]
+    sees_blob: bool,
     progress: P,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn hash_state(text: &str) -> io::Result<Sha256> {
+    let state = hex::decode(text).map_err(io::Error::other)?;
+    let state = SerializedState::<Sha256>::try_from(state.as_slice()).map_err(io::Error::other)?;
+    Sha256::deserialize(&state).map_err(io::Error::other)
 }
 
 impl Resumed {
@@ -144,13 +169,11 @@ impl Resumed {
         layer: Layer,
         diff_id: Option<Digest>,
     ) -> Result<Self, StoreError> {
-        if layer.compression == Compression::None
-            && let Some(checkpoint) = ingest.checkpoint::<Checkpoint<Progress>>()
-        {
-            match Self::pick_up(&ingest, &layer, checkpoint) {
-                Ok((blob_hash, unpacker, offset)) => {
-                    let plan = Plan::plain(offset..layer.blob.size);
-                    return Ok(Self { ingest, layer, diff_id, blob_hash, unpacker, offset, plan });
+        if let Some(checkpoint) = ingest.checkpoint::<Checkpoint<Progress>>() {
+            match Place::pick_up(&ingest, &layer, checkpoint) {
+                Ok(at) => {
+                    let plan = Plan::plain(at.offset..layer.blob.size);
+                    return Ok(Self { ingest, layer, diff_id, at, plan });
                 }
                 Err(why) => {
                     tracing::warn!(layer = %layer.blob.digest, %why, "starting the layer again");
@@ -158,43 +181,27 @@ impl Resumed {
             }
         }
         ingest.clear()?;
-        Ok(Self {
-            ingest,
-            layer,
-            diff_id,
-            blob_hash: Sha256::new(),
-            unpacker: Unpacker::new(&layer),
+        let at = Place {
             offset: 0,
-            plan: Plan::plain(0..layer.blob.size),
-        })
-    }
-
-    fn pick_up(
-        ingest: &Ingest,
-        layer: &Layer,
-        checkpoint: Checkpoint<Progress>,
-    ) -> io::Result<(Sha256, Unpacker, u64)> {
-        let state = hex::decode(&checkpoint.sha256).map_err(io::Error::other)?;
-        let state =
-            SerializedState::<Sha256>::try_from(state.as_slice()).map_err(io::Error::other)?;
-        let hash = Sha256::deserialize(&state).map_err(io::Error::other)?;
-        let unpacker = Unpacker::resume(checkpoint.progress, layer, ingest)?;
-        if unpacker.offset() != checkpoint.offset {
-            return Err(io::Error::other("the checkpoint contradicts itself"));
-        }
-        Ok((hash, unpacker, checkpoint.offset))
+            blob_hash: Sha256::new(),
+            unpacked_hash: (layer.compression != Compression::None).then(Sha256::new),
+            sees_blob: true,
+            unpacker: Unpacker::new(&layer),
+        };
+        let plan = Plan::plain(0..layer.blob.size);
+        Ok(Self { ingest, layer, diff_id, at, plan })
     }
 
     /// Where in the blob the first chunk must start, in bytes.
     pub(crate) fn offset(&self) -> u64 {
-        self.offset
+        self.at.offset
     }
 
     /// As [`Resumed::offset`], and more.
     pub(crate) fn outset(&self) -> Outset {
-        let parser = self.unpacker.parser().cloned();
+        let parser = self.at.unpacker.parser().cloned();
         let folder = self.ingest.folder().to_owned();
-        Outset { folder, offset: self.offset, parser, begun: self.unpacker.begun() }
+        Outset { folder, offset: self.at.offset, parser, begun: self.at.unpacker.begun() }
     }
 
     /// Has the blob put together as `plan` says. A plan with local files for a compressed blob needs
@@ -211,16 +218,20 @@ impl Resumed {
         self,
         mut next: impl FnMut() -> Option<Chunk<C>>,
     ) -> Result<Done, LayerError> {
-        let Self { ingest, layer, diff_id, mut blob_hash, unpacker, offset, plan } = self;
+        let Self { ingest, layer, diff_id, at, plan } = self;
+        let Place { offset, mut blob_hash, unpacked_hash, sees_blob, unpacker } = at;
         // Else the diff_id is the proof.
-        let sees_blob = layer.compression == Compression::None || plan.locals().next().is_none();
+        let sees_blob =
+            sees_blob && (layer.compression == Compression::None || plan.locals().next().is_none());
         let (sender, receiver) = mpsc::sync_channel::<Step<C>>(QUEUE);
         let marks = Marks::default();
         let outcome = std::thread::scope(|scope| {
             let (ingest, marks) = (&ingest, &marks);
             let told = Arc::clone(&plan.told);
             let unpacking = scope.spawn(move || {
-                Unpacking::new(ingest, layer, unpacker, told)?.run(&receiver, marks)
+                let (content, blob) = ((unpacker, unpacked_hash), (offset, sees_blob));
+                let unpacking = Unpacking::new(ingest, layer.compression, content, blob, told)?;
+                unpacking.run(&receiver, marks)
             });
             let mut front = Front { hash: &mut blob_hash, offset, layer, sender, marks };
             let fed = front.feed(plan, ingest, &mut next);
@@ -241,12 +252,13 @@ impl Resumed {
         });
         let (unpacked, found_diff_id) = match outcome {
             Ok(finished) => finished,
-            Err(e @ LayerError::Stopped(1..)) if layer.compression == Compression::None => {
-                return Err(e);
-            }
-            // Bytes that are wrong stay wrong, a full disk wants its room back, and a decoder's
-            // state cannot be saved.
+            Err(e @ LayerError::Stopped(_)) if ingest.has_checkpoint() => return Err(e),
+            // Bytes that are wrong stay wrong, a full disk wants its room back, and what has no place
+            // to go on from starts again.
             Err(e) => {
+                if let LayerError::Stopped(1..) = e {
+                    tracing::info!(layer = %layer.blob.digest, "in one piece: it will start again");
+                }
                 ingest.discard()?;
                 return Err(e);
             }
@@ -281,343 +293,24 @@ impl Resumed {
     }
 }
 
-/// What goes from the hashing thread to the unpacking thread.
-enum Step<C> {
-    /// Bytes of the blob, and what is held for them.
-    Bytes(Bytes, Option<C>),
-    /// A stored object in place of the next bytes.
-    Local(Local),
-    /// Everything before this is hashed to this state: a place to go on from.
-    Mark(String),
-    /// The blob is complete and is what its digest names.
-    Verified,
-}
-
-/// Where in the blob the unpacking thread wants the next [`Step::Mark`]; 0 for nowhere.
-#[derive(Default)]
-struct Marks(AtomicU64);
-
-impl Marks {
-    fn wanted(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    fn want(&self, offset: u64) {
-        self.0.store(offset, Ordering::Relaxed);
-    }
-}
-
-/// The first thread's part.
-struct Front<'a, C> {
-    /// Over the blob, as far as it is seen.
-    hash: &'a mut Sha256,
-    offset: u64,
-    layer: Layer,
-    sender: mpsc::SyncSender<Step<C>>,
-    marks: &'a Marks,
-}
-
-impl<C: Clone> Front<'_, C> {
-    /// Only an uncompressed layer can be gone on with.
-    fn resumable(&self) -> bool {
-        self.layer.compression == Compression::None
-    }
-
-    fn feed(
-        &mut self,
-        plan: Plan,
+impl Place {
+    fn pick_up(
         ingest: &Ingest,
-        next: &mut impl FnMut() -> Option<Chunk<C>>,
-    ) -> Result<(), LayerError> {
-        for segment in plan.segments {
-            match segment {
-                Segment::Network(range) => {
-                    while self.offset < range.end {
-                        let Some(chunk) = next() else {
-                            if self.resumable() {
-                                self.mark()?;
-                            }
-                            return Err(LayerError::Stopped(self.offset));
-                        };
-                        if chunk.bytes.len() as u64 > range.end - self.offset {
-                            return Err(LayerError::Mismatch(format!(
-                                "is longer than the {} bytes it should have",
-                                self.layer.blob.size
-                            )));
-                        }
-                        self.bytes(chunk.bytes, Some(chunk._credit))?;
-                    }
-                }
-                Segment::Held(bytes) => self.bytes(bytes, None)?,
-                Segment::Local(local) => {
-                    // Of a compressed blob the other thread has the hash.
-                    if self.resumable() {
-                        let mut hash = self.hash.clone();
-                        if !hash_local(&mut hash, &local, ingest, &plan.told)? {
-                            self.mark()?;
-                            return Err(LayerError::Stopped(self.offset));
-                        }
-                        *self.hash = hash;
-                    }
-                    self.offset = local.range.end;
-                    let large = local.size >= CHECKPOINT_BYTES;
-                    self.send(Step::Local(local))?;
-                    if self.resumable() && large {
-                        self.mark()?;
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn bytes(&mut self, mut bytes: Bytes, credit: Option<C>) -> Result<(), LayerError> {
-        let mark = self.marks.wanted();
-        if self.resumable() && self.offset < mark && mark < self.offset + bytes.len() as u64 {
-            let before = bytes.split_to((mark - self.offset) as usize);
-            self.hash.update(&before);
-            self.offset = mark;
-            self.send(Step::Bytes(before, credit.clone()))?;
-            self.mark()?;
-        }
-        self.hash.update(&bytes);
-        self.offset += bytes.len() as u64;
-        self.send(Step::Bytes(bytes, credit))
-    }
-
-    fn mark(&mut self) -> Result<(), LayerError> {
-        self.send(Step::Mark(hex::encode(self.hash.serialize())))
-    }
-
-    /// The other thread is gone only with an error of its own. When that was about the bytes, the
-    /// digest tells whether they were altered on their way; worth the rest of the blob if that is short.
-    fn send(&self, step: Step<C>) -> Result<(), LayerError> {
-        match self.sender.send(step) {
-            Err(_) if self.layer.blob.size - self.offset > VERDICT_BYTES => {
-                Err(LayerError::Stopped(0))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn verify(&mut self, sees_blob: bool) -> Result<(), LayerError> {
-        let found = Digest::from_sha256(self.hash.clone().finalize().into());
-        if sees_blob && found != self.layer.blob.digest {
-            return Err(LayerError::Mismatch(format!(
-                "its {} bytes hash to {found}: the source altered them",
-                self.layer.blob.size
-            )));
-        }
-        self.send(Step::Verified)
-    }
-}
-
-/// Adds the bytes of a local file to `hash`; false where it was told to stop.
-fn hash_local(
-    hash: &mut Sha256,
-    local: &Local,
-    ingest: &Ingest,
-    told: &Told,
-) -> Result<bool, LayerError> {
-    // As the blob's bytes are counted, of which the file may be a multiple.
-    let unknown = (local.range.end - local.range.start).saturating_sub(local.known);
-    let share =
-        |read: u64| (u128::from(unknown) * u128::from(read) / u128::from(local.size.max(1))) as u64;
-    let (mut read, mut goes_on) = (0, true);
-    let result =
-        FileReader::open(&ingest.folder().join(&local.name), local.size).and_then(|mut file| {
-            file.read(0..local.size, |bytes| {
-                hash.update(bytes);
-                let before = share(read);
-                read += bytes.len() as u64;
-                goes_on = told(share(read) - before);
-                goes_on
-            })
-        });
-    match result {
-        Ok(()) => Ok(goes_on),
-        Err(e) => Err(LayerError::Mismatch(format!("object {} is unreadable: {e}", local.object))),
-    }
-}
-
-/// The second thread's part.
-struct Unpacking<'a> {
-    ingest: &'a Ingest,
-    compression: Compression,
-    told: Told,
-    decoder: Decoder<'a>,
-}
-
-/// Decompression, pushed from the front.
-enum Decoder<'a> {
-    None(Body<'a>),
-    Gzip(Box<flate2::write::MultiGzDecoder<Body<'a>>>),
-    Zstd(zstd::stream::write::Decoder<'static, Body<'a>>),
-}
-
-impl<'a> Decoder<'a> {
-    fn start(compression: Compression, body: Body<'a>) -> Result<Self, LayerError> {
-        Ok(match compression {
-            Compression::None => Self::None(body),
-            Compression::Gzip => Self::Gzip(Box::new(flate2::write::MultiGzDecoder::new(body))),
-            Compression::Zstd => {
-                let decoder = zstd::stream::write::Decoder::new(body);
-                Self::Zstd(decoder.map_err(|e| LayerError::Refused(format!("zstd: {e}")))?)
-            }
-        })
-    }
-}
-
-/// What comes out of the decoder.
-struct Body<'a> {
-    ingest: &'a Ingest,
-    unpacker: Unpacker,
-    /// Over what comes out; absent where the blob is the same bytes.
-    hash: Option<Sha256>,
-    /// Bytes that come out next and were taken from a local file already.
-    again: u64,
-    /// `Write` can only fail with an `io::Error`; the reason waits here.
-    error: Option<LayerError>,
-}
-
-impl Write for Body<'_> {
-    fn write(&mut self, all: &[u8]) -> io::Result<usize> {
-        let known = usize::try_from(self.again).map_or(all.len(), |again| again.min(all.len()));
-        self.again -= known as u64;
-        let bytes = &all[known..];
-        if let Some(hash) = &mut self.hash {
-            hash.update(bytes);
-        }
-        match self.unpacker.write(bytes, self.ingest) {
-            Ok(()) => Ok(all.len()),
-            Err(e) => {
-                self.error = Some(e);
-                Err(io::Error::other("layer refused"))
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-type Finished = (unpack::Unpacked, Option<Digest>);
-
-impl<'a> Unpacking<'a> {
-    fn new(
-        ingest: &'a Ingest,
-        layer: Layer,
-        unpacker: Unpacker,
-        told: Told,
-    ) -> Result<Self, LayerError> {
-        let Layer { compression, .. } = layer;
-        let hash = (compression != Compression::None).then(Sha256::new);
-        let body = Body { ingest, unpacker, hash, again: 0, error: None };
-        let decoder = Decoder::start(compression, body)?;
-        Ok(Self { ingest, compression, told, decoder })
-    }
-
-    fn run<C>(
-        mut self,
-        steps: &mpsc::Receiver<Step<C>>,
-        marks: &Marks,
-    ) -> Result<Finished, LayerError> {
-        let mut saved = self.offset();
-        for step in steps {
-            match step {
-                Step::Bytes(bytes, _credit) => {
-                    let written = match &mut self.decoder {
-                        Decoder::None(body) => body.write_all(&bytes),
-                        Decoder::Gzip(decoder) => decoder.write_all(&bytes),
-                        Decoder::Zstd(decoder) => decoder.write_all(&bytes),
-                    };
-                    written.map_err(|e| self.reason(&e))?;
-                    if let Decoder::None(Body { unpacker, .. }) = &self.decoder
-                        && unpacker.offset() > marks.wanted()
-                    {
-                        let soon = unpacker.offset() + LEAD_BYTES;
-                        marks.want(unpacker.settles_at(soon.max(saved + CHECKPOINT_BYTES)));
-                    }
-                }
-                Step::Local(local) => self = self.local(&local)?,
-                Step::Mark(sha256) => {
-                    self.save(sha256)?;
-                    saved = self.offset();
-                }
-                Step::Verified => return self.finish(),
-            }
-        }
-        Err(LayerError::Stopped(0))
-    }
-
-    /// Uncompressed bytes taken so far.
-    fn offset(&self) -> u64 {
-        match &self.decoder {
-            Decoder::None(body) => body.unpacker.offset(),
-            Decoder::Gzip(decoder) => decoder.get_ref().unpacker.offset(),
-            Decoder::Zstd(decoder) => decoder.get_ref().unpacker.offset(),
-        }
-    }
-
-    fn save(&mut self, sha256: String) -> Result<(), LayerError> {
-        let Decoder::None(body) = &mut self.decoder else { return Ok(()) };
-        let offset = body.unpacker.offset();
-        let progress = body.unpacker.checkpoint(self.ingest)?;
-        self.ingest.save_checkpoint(&Checkpoint { offset, sha256, progress })?;
-        Ok(())
-    }
-
-    /// Takes a local file. The blob's bytes behind it begin with a frame or member of their own.
-    fn local(self, local: &Local) -> Result<Self, LayerError> {
-        let Self { ingest, compression, ref told, .. } = self;
-        let told = Arc::clone(told);
-        let mut body = self.end()?;
-        if body.again > 0 {
-            return Err(LayerError::Mismatch("its table of contents is wrong".to_owned()));
-        }
-        if let Some(hash) = &mut body.hash
-            && !hash_local(hash, local, ingest, &told)?
-        {
-            return Err(LayerError::Stopped(0));
-        }
-        body.unpacker.local(local)?;
-        body.again = local.again;
-        let decoder = Decoder::start(compression, body)?;
-        Ok(Self { ingest, compression, told, decoder })
-    }
-
-    fn finish(self) -> Result<Finished, LayerError> {
-        let ingest = self.ingest;
-        let body = self.end()?;
-        let diff_id = body.hash.map(|hash| Digest::from_sha256(hash.finalize().into()));
-        Ok((body.unpacker.finish(ingest)?, diff_id))
-    }
-
-    /// Ends the decoder, which must have come to a whole number of frames or members.
-    fn end(mut self) -> Result<Body<'a>, LayerError> {
-        let flushed = match &mut self.decoder {
-            Decoder::None(_) => Ok(()),
-            Decoder::Gzip(decoder) => decoder.try_finish(),
-            Decoder::Zstd(decoder) => decoder.flush(),
+        layer: &Layer,
+        checkpoint: Checkpoint<Progress>,
+    ) -> io::Result<Self> {
+        let Checkpoint { offset, sha256, unpacked_sha256, sees_blob, progress } = checkpoint;
+        let unpacker = Unpacker::resume(progress, layer, ingest)?;
+        let unpacked_hash = unpacked_sha256.as_deref().map(hash_state).transpose()?;
+        let sound = match layer.compression {
+            Compression::None => unpacked_hash.is_none() && unpacker.offset() == offset,
+            Compression::Gzip | Compression::Zstd => unpacked_hash.is_some(),
         };
-        flushed.map_err(|e| self.reason(&e))?;
-        match self.decoder {
-            Decoder::None(body) => Ok(body),
-            Decoder::Gzip(decoder) => {
-                decoder.finish().map_err(|e| LayerError::Refused(format!("gzip: {e}")))
-            }
-            Decoder::Zstd(decoder) => Ok(decoder.into_inner()),
+        if !sound {
+            return Err(io::Error::other("the checkpoint is of something else"));
         }
-    }
-
-    fn reason(&mut self, error: &io::Error) -> LayerError {
-        let (body, what) = match &mut self.decoder {
-            Decoder::None(body) => (body, "tar"),
-            Decoder::Gzip(decoder) => (decoder.get_mut(), "gzip"),
-            Decoder::Zstd(decoder) => (decoder.get_mut(), "zstd"),
-        };
-        body.error.take().unwrap_or_else(|| LayerError::Refused(format!("{what}: {error}")))
+        let blob_hash = hash_state(&sha256)?;
+        Ok(Self { offset, blob_hash, unpacked_hash, sees_blob, unpacker })
     }
 }
 

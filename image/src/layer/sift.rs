@@ -4,11 +4,12 @@
 //! needed for that.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 
 use super::file::{Buffer, FileWriter};
+use super::inflate::{Broken, Inflater};
 use super::{Chunk, LayerError};
 use crate::digest::ObjectId;
 use crate::manifest::Compression;
@@ -42,69 +43,33 @@ pub(crate) fn sift<C>(
     wanted: Vec<Wanted>,
     mut next: impl FnMut() -> Option<Chunk<C>>,
 ) -> Result<Sifted, LayerError> {
-    let sink = Sink {
+    let mut inflater = Inflater::new(compression).map_err(LayerError::Refused)?;
+    let mut sink = Sink {
         jump: compression == Compression::None,
         wanted: wanted.into(),
         at: 0,
         writer: None,
         buffer: Buffer::new(),
         sifted: Sifted::default(),
-        error: None,
-    };
-    let mut decoder = match compression {
-        Compression::None => Decoder::None(sink),
-        Compression::Gzip => Decoder::Gzip(Box::new(flate2::write::MultiGzDecoder::new(sink))),
-        Compression::Zstd => {
-            let decoder = zstd::stream::write::Decoder::new(sink)
-                .map_err(|e| LayerError::Refused(format!("zstd: {e}")))?;
-            Decoder::Zstd(decoder)
-        }
     };
     let mut broken = None;
-    while !decoder.sink().wanted.is_empty() && broken.is_none() {
-        let Some(chunk) = next() else { break };
-        let written = match &mut decoder {
-            Decoder::None(sink) => sink.write_all(&chunk.bytes),
-            Decoder::Gzip(decoder) => decoder.write_all(&chunk.bytes),
-            Decoder::Zstd(decoder) => decoder.write_all(&chunk.bytes),
-        };
-        if let Err(e) = written {
-            match decoder.sink().error.take() {
-                Some(e) => return Err(LayerError::Store(e)),
-                None => broken = Some(e.to_string()),
+    while !sink.wanted.is_empty()
+        && broken.is_none()
+        && let Some(chunk) = next()
+    {
+        let mut left = &chunk.bytes[..];
+        while !left.is_empty() && broken.is_none() {
+            match inflater.feed(left, |bytes| sink.take(bytes)) {
+                Ok(fed) => left = &left[fed.bytes..],
+                Err(Broken::Input(why)) => broken = Some(why),
+                Err(Broken::Sink((path, e))) => {
+                    return Err(StoreError::io(format!("write {}", path.display()), e).into());
+                }
             }
         }
-        if let Decoder::Zstd(decoder) = &mut decoder {
-            // Else the last bytes wait for a chunk that never comes.
-            decoder.flush().map_err(|e| LayerError::Refused(format!("zstd: {e}")))?;
-        }
     }
-    if let Decoder::Gzip(decoder) = &mut decoder {
-        let _ = decoder.flush();
-    }
-    let sink = decoder.sink();
-    if let Some(e) = sink.error.take() {
-        return Err(LayerError::Store(e));
-    }
-    let mut sifted = std::mem::take(&mut sink.sifted);
-    sifted.why = sifted.why.or(broken);
-    Ok(sifted)
-}
-
-enum Decoder {
-    None(Sink),
-    Gzip(Box<flate2::write::MultiGzDecoder<Sink>>),
-    Zstd(zstd::stream::write::Decoder<'static, Sink>),
-}
-
-impl Decoder {
-    fn sink(&mut self) -> &mut Sink {
-        match self {
-            Self::None(sink) => sink,
-            Self::Gzip(decoder) => decoder.get_mut(),
-            Self::Zstd(decoder) => decoder.get_mut(),
-        }
-    }
+    sink.sifted.why = sink.sifted.why.or(broken);
+    Ok(sink.sifted)
 }
 
 struct Sink {
@@ -115,7 +80,6 @@ struct Sink {
     writer: Option<FileWriter>,
     buffer: Buffer,
     sifted: Sifted,
-    error: Option<StoreError>,
 }
 
 impl Sink {
@@ -160,22 +124,6 @@ impl Sink {
                 self.wanted.pop_front();
             }
         }
-        Ok(())
-    }
-}
-
-impl Write for Sink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self.take(bytes) {
-            Ok(()) => Ok(bytes.len()),
-            Err((path, e)) => {
-                self.error = Some(StoreError::io(format!("write {}", path.display()), e));
-                Err(io::Error::other("the store refused"))
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

@@ -5,6 +5,8 @@ use crate::store::Store;
 use crate::testing::{Entry, compress, layer_of, noise, store, tar};
 use crate::tree::LayerEntry;
 
+const MIB: usize = 1024 * 1024;
+
 /// Unpacks `blob[from..]`, in chunks, and stops after `until` bytes of it when that is given.
 fn unpack(
     store: &Store,
@@ -217,7 +219,6 @@ fn a_record_without_offsets_is_read() {
 
 #[test]
 fn a_layer_that_is_killed_goes_on_from_its_last_checkpoint_and_writes_nothing_twice() {
-    const MIB: usize = 1024 * 1024;
     let tar =
         tar(&[Entry::File("a", &noise(40, 150 * MIB)), Entry::File("b", &noise(41, 9 * MIB))]);
     let layer = layer_of(&tar, Compression::None);
@@ -259,7 +260,7 @@ fn a_checkpoint_that_the_disk_contradicts_starts_the_layer_again() {
 }
 
 #[test]
-fn a_compressed_layer_that_was_stopped_starts_again_and_leaves_nothing_meanwhile() {
+fn a_layer_that_was_compressed_in_one_piece_starts_again_and_leaves_nothing_meanwhile() {
     let tar = tar(&[Entry::File("a", &noise(30, 5_000_000))]);
     let (_dir, store) = store();
     for compression in [Compression::Gzip, Compression::Zstd] {
@@ -271,6 +272,88 @@ fn a_compressed_layer_that_was_stopped_starts_again_and_leaves_nothing_meanwhile
         let (from, _) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
         assert_eq!(from, 0);
     }
+}
+
+#[test]
+fn a_layer_of_frames_or_members_goes_on_at_one_of_them() {
+    let files = [noise(31, 20 * MIB), noise(32, 30 * MIB), noise(33, 40 * MIB), noise(34, MIB)];
+    let entries: Vec<_> = files
+        .iter()
+        .zip(["a", "b", "c", "d"])
+        .map(|(file, name)| Entry::File(name, file))
+        .collect();
+    let tar = tar(&entries);
+    for compression in [Compression::Gzip, Compression::Zstd] {
+        let (_dir, store) = store();
+        // As eStargz, zstd:chunked and pzstd write them, in which files begin anywhere.
+        let frames: Vec<_> =
+            tar.chunks(4 * MIB + 77).map(|part| compress(part, compression)).collect();
+        let blob = frames.concat();
+        let layer = layer_of(&blob, compression);
+        let stopped = unpack(&store, &blob, layer, Digest::of(&tar), Some(75 * MIB));
+        assert!(matches!(stopped, Err(LayerError::Stopped(_))));
+        let (from, done) = unpack(&store, &blob, layer, Digest::of(&tar), None).unwrap();
+        assert!((64 * MIB as u64..75 * MIB as u64).contains(&from), "{compression:?}: {from}");
+        let mut borders = frames.iter().scan(0, |at, frame| {
+            *at += frame.len() as u64;
+            Some(*at)
+        });
+        assert!(borders.any(|border| border == from), "{compression:?}: {from}");
+        assert_eq!(done.written_bytes, files.iter().map(|file| file.len() as u64).sum::<u64>());
+        assert_eq!(store.layer(&layer).unwrap().unwrap().diff_id, Digest::of(&tar));
+        assert_offsets(&store, &layer, &tar);
+        assert!(ingest_is_empty(&store));
+    }
+}
+
+#[test]
+fn what_local_files_stood_in_for_is_proved_by_the_diff_id_after_a_stop_too() {
+    let (_dir, store) = store();
+    let shared = noise(35, 2 * MIB);
+    let base = tar(&[Entry::File("x", &shared)]);
+    let layer = layer_of(&base, Compression::None);
+    unpack(&store, &base, layer, Digest::of(&base), None).unwrap();
+    let object = ObjectId::new(blake3::hash(&shared), false);
+
+    let own = [noise(36, 40 * MIB), noise(37, 20 * MIB)];
+    let tar =
+        tar(&[Entry::File("a", &shared), Entry::File("b", &own[0]), Entry::File("c", &own[1])]);
+    let cut = [0, 512, 512 + 2 * MIB, 1024 + 42 * MIB, tar.len()];
+    let frames: Vec<_> =
+        cut.windows(2).map(|cut| compress(&tar[cut[0]..cut[1]], Compression::Zstd)).collect();
+    let blob = frames.concat();
+    let layer = layer_of(&blob, Compression::Zstd);
+    let range = frames[0].len() as u64..(frames[0].len() + frames[1].len()) as u64;
+    let size = shared.len() as u64;
+    let run = |until: usize| {
+        let ingest = store.ingest(&layer.blob.digest).unwrap().unwrap();
+        let mut resumed = Resumed::open(ingest, layer, Some(Digest::of(&tar))).unwrap();
+        let outset = resumed.outset();
+        if outset.offset == 0 {
+            let name = store.link_object(&object, size, &outset.folder).unwrap().unwrap();
+            let local = Local { name, object, size, range: range.clone(), again: 0, known: 0 };
+            let plan = Plan::of(0..layer.blob.size, vec![local], &[], Arc::new(|_| true));
+            resumed.follow(plan);
+        }
+        // The blob without what the local file stands in for; no chunk is of two ranges.
+        let network = match outset.offset {
+            0 => vec![&blob[..range.start as usize], &blob[range.end as usize..until]],
+            offset => vec![&blob[offset as usize..until]],
+        };
+        let chunks = network.iter().flat_map(|range| range.chunks(1_000_003));
+        let mut chunks = chunks.map(Bytes::copy_from_slice);
+        let done = resumed.unpack(|| chunks.next().map(|bytes| Chunk { bytes, _credit: () }));
+        (outset.offset, done)
+    };
+    let (from, stopped) = run(50 * MIB);
+    let stopped = stopped.err().unwrap();
+    assert!(from == 0 && matches!(stopped, LayerError::Stopped(_)), "{stopped}");
+    let (from, done) = run(blob.len());
+    done.unwrap();
+    assert_eq!(from, range.end + frames[2].len() as u64);
+    assert!(store.layer(&layer).unwrap().is_none(), "the blob was never seen whole");
+    let record = store.layer_as(&layer, Some(&Digest::of(&tar))).unwrap().unwrap();
+    assert_eq!(record.entries.len(), 3);
 }
 
 /// As [`layer_of`], of one raw file.

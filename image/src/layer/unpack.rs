@@ -161,6 +161,11 @@ impl Unpacker {
         }
     }
 
+    /// Whether no file is being written.
+    pub(super) fn is_settled(&self) -> bool {
+        self.writer.is_none()
+    }
+
     /// The next place in the layer, at `from` or soon behind it, where the buffer is empty: a file's
     /// end, or the end of a full buffer. `from` itself where no such place can be foreseen.
     pub(super) fn settles_at(&self, from: u64) -> u64 {

@@ -123,7 +123,7 @@ impl Inner {
                     scout.walk(parser, outset.begun).await
                 }
                 (Content::Tar, Compression::Gzip | Compression::Zstd, _) if diff_id.is_some() => {
-                    scout.table().await
+                    scout.table(rest.start).await
                 }
                 (Content::File, Compression::None, _) if rest.start == 0 => scout.raw().await,
                 _ => Ok(()),
@@ -328,7 +328,7 @@ impl Scout<'_> {
     }
 
     /// A compressed tar with a table of contents.
-    async fn table(&mut self) -> Result<(), Halt> {
+    async fn table(&mut self, start: u64) -> Result<(), Halt> {
         let size = self.layer.blob.size;
         let tail = self.read(size.saturating_sub(toc::TAIL_BYTES)..size).await?;
         let footer = toc::footer(&tail, size, self.layer.compression)
@@ -341,6 +341,8 @@ impl Scout<'_> {
             Ok::<_, Halt>(local_files(store, &files, &by_size, end, &folder))
         });
         self.locals = found.await??;
+        // What an interrupted pull has is not taken once more.
+        self.locals.retain(|local| local.range.start >= start);
         self.end = end;
         Ok(())
     }

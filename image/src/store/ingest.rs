@@ -113,6 +113,11 @@ impl Ingest {
         })
     }
 
+    /// Whether there is something to go on from.
+    pub(crate) fn has_checkpoint(&self) -> bool {
+        self.folder.join(CHECKPOINT).exists()
+    }
+
     /// Saves how far the layer is. What it speaks of must be on the disk already.
     pub(crate) fn save_checkpoint<T: Serialize>(&self, value: &T) -> Result<(), StoreError> {
         let path = self.folder.join(CHECKPOINT);

@@ -1,0 +1,187 @@
+//! The first thread's part: the blob is put together, hashed, and handed on.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
+
+use bytes::Bytes;
+use sha2::digest::common::hazmat::SerializableState as _;
+use sha2::{Digest as _, Sha256};
+
+use super::plan::{Local, Plan, Segment, Told};
+use super::{CHECKPOINT_BYTES, Chunk, FileReader, LayerError};
+use crate::digest::Digest;
+use crate::manifest::{Compression, Layer};
+use crate::store::Ingest;
+
+/// Bytes that are fetched on, after a layer turned out unreadable, to learn whether it was altered.
+const VERDICT_BYTES: u64 = 64 * 1024 * 1024;
+
+/// What goes from the hashing thread to the unpacking thread.
+pub(super) enum Step<C> {
+    /// Bytes of the blob.
+    Bytes {
+        bytes: Bytes,
+        /// Where in the blob they begin.
+        at: u64,
+        /// State of the hash over all before them, of a compressed blob.
+        before: Option<Sha256>,
+        /// Held for them.
+        _credit: Option<C>,
+    },
+    /// A stored object in place of the next bytes.
+    Local(Local),
+    /// Everything before this is hashed to this state: a place to go on from.
+    Mark(String),
+    /// The blob is complete and is what its digest names.
+    Verified,
+}
+
+/// Where in the blob the unpacking thread wants the next [`Step::Mark`]; 0 for nowhere.
+#[derive(Default)]
+pub(super) struct Marks(AtomicU64);
+
+impl Marks {
+    pub(super) fn wanted(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn want(&self, offset: u64) {
+        self.0.store(offset, Ordering::Relaxed);
+    }
+}
+
+/// The first thread's part.
+pub(super) struct Front<'a, C> {
+    /// Over the blob, as far as it is seen.
+    pub(super) hash: &'a mut Sha256,
+    pub(super) offset: u64,
+    pub(super) layer: Layer,
+    pub(super) sender: mpsc::SyncSender<Step<C>>,
+    pub(super) marks: &'a Marks,
+}
+
+impl<C: Clone> Front<'_, C> {
+    /// Only of an uncompressed layer can a place to go on from be anywhere.
+    fn anywhere(&self) -> bool {
+        self.layer.compression == Compression::None
+    }
+
+    pub(super) fn feed(
+        &mut self,
+        plan: Plan,
+        ingest: &Ingest,
+        next: &mut impl FnMut() -> Option<Chunk<C>>,
+    ) -> Result<(), LayerError> {
+        for segment in plan.segments {
+            match segment {
+                Segment::Network(range) => {
+                    while self.offset < range.end {
+                        let Some(chunk) = next() else {
+                            if self.anywhere() {
+                                self.mark()?;
+                            }
+                            return Err(LayerError::Stopped(self.offset));
+                        };
+                        if chunk.bytes.len() as u64 > range.end - self.offset {
+                            return Err(LayerError::Mismatch(format!(
+                                "is longer than the {} bytes it should have",
+                                self.layer.blob.size
+                            )));
+                        }
+                        self.bytes(chunk.bytes, Some(chunk._credit))?;
+                    }
+                }
+                Segment::Held(bytes) => self.bytes(bytes, None)?,
+                Segment::Local(local) => {
+                    // Of a compressed blob the other thread has the hash.
+                    if self.anywhere() {
+                        let mut hash = self.hash.clone();
+                        if !hash_local(&mut hash, &local, ingest, &plan.told)? {
+                            self.mark()?;
+                            return Err(LayerError::Stopped(self.offset));
+                        }
+                        *self.hash = hash;
+                    }
+                    self.offset = local.range.end;
+                    let large = local.size >= CHECKPOINT_BYTES;
+                    self.send(Step::Local(local))?;
+                    if self.anywhere() && large {
+                        self.mark()?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn bytes(&mut self, mut bytes: Bytes, credit: Option<C>) -> Result<(), LayerError> {
+        let mark = self.marks.wanted();
+        if self.anywhere() && self.offset < mark && mark < self.offset + bytes.len() as u64 {
+            let before = bytes.split_to((mark - self.offset) as usize);
+            self.pass(before, credit.clone())?;
+            self.mark()?;
+        }
+        self.pass(bytes, credit)
+    }
+
+    fn pass(&mut self, bytes: Bytes, credit: Option<C>) -> Result<(), LayerError> {
+        let (at, before) = (self.offset, (!self.anywhere()).then(|| self.hash.clone()));
+        self.hash.update(&bytes);
+        self.offset += bytes.len() as u64;
+        self.send(Step::Bytes { bytes, at, before, _credit: credit })
+    }
+
+    fn mark(&mut self) -> Result<(), LayerError> {
+        self.send(Step::Mark(hex::encode(self.hash.serialize())))
+    }
+
+    /// The other thread is gone only with an error of its own. When that was about the bytes, the
+    /// digest tells whether they were altered on their way; worth the rest of the blob if that is short.
+    fn send(&self, step: Step<C>) -> Result<(), LayerError> {
+        match self.sender.send(step) {
+            Err(_) if self.layer.blob.size - self.offset > VERDICT_BYTES => {
+                Err(LayerError::Stopped(0))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn verify(&mut self, sees_blob: bool) -> Result<(), LayerError> {
+        let found = Digest::from_sha256(self.hash.clone().finalize().into());
+        if sees_blob && found != self.layer.blob.digest {
+            return Err(LayerError::Mismatch(format!(
+                "its {} bytes hash to {found}: the source altered them",
+                self.layer.blob.size
+            )));
+        }
+        self.send(Step::Verified)
+    }
+}
+
+/// Adds the bytes of a local file to `hash`; false where it was told to stop.
+pub(super) fn hash_local(
+    hash: &mut Sha256,
+    local: &Local,
+    ingest: &Ingest,
+    told: &Told,
+) -> Result<bool, LayerError> {
+    // As the blob's bytes are counted, of which the file may be a multiple.
+    let unknown = (local.range.end - local.range.start).saturating_sub(local.known);
+    let share =
+        |read: u64| (u128::from(unknown) * u128::from(read) / u128::from(local.size.max(1))) as u64;
+    let (mut read, mut goes_on) = (0, true);
+    let result =
+        FileReader::open(&ingest.folder().join(&local.name), local.size).and_then(|mut file| {
+            file.read(0..local.size, |bytes| {
+                hash.update(bytes);
+                let before = share(read);
+                read += bytes.len() as u64;
+                goes_on = told(share(read) - before);
+                goes_on
+            })
+        });
+    match result {
+        Ok(()) => Ok(goes_on),
+        Err(e) => Err(LayerError::Mismatch(format!("object {} is unreadable: {e}", local.object))),
+    }
+}
