@@ -30,9 +30,9 @@ mod store;
 mod volumes;
 
 use gpus::GpuMetrics;
-pub use scrub::ScrubMetrics;
 #[cfg(test)]
 pub(crate) use gpus::tests::one_gpu;
+pub use scrub::ScrubMetrics;
 pub use store::StoreMetrics;
 pub use volumes::VolumeMetrics;
 

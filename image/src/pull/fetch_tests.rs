@@ -284,8 +284,13 @@ async fn a_cap_holds_for_what_comes_over_the_network() {
         let mut blobs = Blobs::new(4 * RANGE_BYTES);
         blobs.local = local;
         let start = tokio::time::Instant::now();
-        let (got, _) =
-            fetch_with(fetcher.clone(), &Arc::new(blobs), &[0..4 * RANGE_BYTES]).await.unwrap();
+        let (got, _) = fetch_with(
+            fetcher.clone(),
+            &Arc::new(blobs),
+            std::slice::from_ref(&(0..4 * RANGE_BYTES)),
+        )
+        .await
+        .unwrap();
         assert_eq!(got.len() as u64, 4 * RANGE_BYTES);
         let took = start.elapsed();
         assert!(seconds.contains(&took.as_secs()), "local: {local}: {took:?}");

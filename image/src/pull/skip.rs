@@ -188,7 +188,7 @@ impl Inner {
         diff_id: Option<Digest>,
     ) -> Option<u64> {
         // Candidates are linked, so that they stay while they are looked at.
-        let folder = self.disk(|store| store.scratch()).await.ok()?;
+        let folder = self.disk(Store::scratch).await.ok()?;
         let outset = Outset {
             folder: folder.path().to_owned(),
             offset: 0,
@@ -203,7 +203,11 @@ impl Inner {
         let plan = self.plan(subject, &CancellationToken::new()).await;
         let bytes = plan.network().iter().map(length).sum::<u64>() + plan.held();
         // Removing it is disk work, too; a failure leaves it to the next start.
-        let _ = self.disk(move |_| Ok(drop(folder))).await;
+        let removed = move |_: &Store| {
+            drop(folder);
+            Ok(())
+        };
+        let _ = self.disk(removed).await;
         Some(bytes)
     }
 

@@ -318,7 +318,7 @@ impl Store {
             taken.pulls_bytes = taken.pulls_bytes.saturating_sub(needed);
             Ok((needed, taken))
         };
-        if own.is_empty() || self.is_plenty(&demand)? {
+        if own.is_empty() || self.is_plenty(demand)? {
             return Ok(Some(lease));
         }
         if !evict {
