@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use carport_csi::TokenLogin;
 use carport_image::pull::{AccessCheck, Bandwidth, PullOptions, RegistryAway};
 use carport_image::source::RegistryOptions;
 use carport_image::store::Limits;
@@ -145,6 +146,8 @@ pub struct Csi {
     pub layout_folders: Vec<PathBuf>,
     /// Who gets an image that is on the node already.
     pub image_access: ImageAccess,
+    /// Registries that take a pod's service-account token as a password.
+    pub service_account_tokens: Vec<ServiceAccountToken>,
     /// How long volumes may ask that their image stays after them; absent: not at all.
     #[serde(
         serialize_with = "humantime_serde::serialize",
@@ -164,6 +167,18 @@ pub struct ImageAccess {
     pub remember_for: Duration,
     /// What to do when it gives none.
     pub registry_away: RegistryAway,
+}
+
+/// A login with the pod's service-account token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceAccountToken {
+    /// The registry: `registry.example`, or `*.registry.example`.
+    pub registry: String,
+    /// The token's audience, which the CSIDriver's `tokenRequests` must name, too.
+    pub audience: String,
+    /// The name that goes with it.
+    pub username: String,
 }
 
 /// How registries are spoken to.
@@ -340,6 +355,7 @@ impl Default for Csi {
             kubelet_dir: "/var/lib/kubelet".into(),
             layout_folders: Vec::new(),
             image_access: ImageAccess::default(),
+            service_account_tokens: Vec::new(),
             max_pin: Some(Duration::from_secs(7 * 24 * 3600)),
         }
     }
@@ -514,6 +530,18 @@ impl Config {
             low: self.store.low_watermark,
             keep_for: self.store.keep_for,
         }
+    }
+
+    /// What `carport-csi` wants to know of it.
+    pub fn token_logins(&self) -> Vec<TokenLogin> {
+        let logins = self.csi.service_account_tokens.iter().cloned();
+        logins
+            .map(|ServiceAccountToken { registry, audience, username }| TokenLogin {
+                registry,
+                audience,
+                username,
+            })
+            .collect()
     }
 
     /// What `carport-csi` wants to know of it; nothing where images are everybody's.

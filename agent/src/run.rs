@@ -318,7 +318,8 @@ fn bind_driver(
         &config.csi.driver_name,
         &config.node_name,
         &config.csi.kubelet_dir,
-    )?;
+    )?
+    .with_logins(config.token_logins());
     let calls = metrics.volumes.clone();
     let driver = Driver::new(driver, volumes.clone()).observed_by(move |call| calls.observe(call));
     Ok(driver.bind()?)

@@ -47,6 +47,18 @@ pub struct DriverConfig {
     node_id: String,
     endpoint: PathBuf,
     registration: Option<PathBuf>,
+    logins: Vec<TokenLogin>,
+}
+
+/// Registries that take a pod's service-account token as a password.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenLogin {
+    /// `registry.example`, or `*.registry.example`.
+    pub registry: String,
+    /// Whom the token is for. One of the audiences in the CSIDriver's `tokenRequests`.
+    pub audience: String,
+    /// What the registry wants to hear as the name.
+    pub username: String,
 }
 
 /// Why a configuration is not usable.
@@ -83,7 +95,13 @@ impl DriverConfig {
                 "node id {node_id:?}: must have 1 to {MAX_NODE_ID_BYTES} bytes; use the node's name"
             )));
         }
-        Ok(Self { name, node_id, endpoint: endpoint.into(), registration: None })
+        Ok(Self {
+            name,
+            node_id,
+            endpoint: endpoint.into(),
+            registration: None,
+            logins: Vec::new(),
+        })
     }
 
     /// A driver at the usual places below `kubelet`, usually `/var/lib/kubelet`:
@@ -100,6 +118,15 @@ impl DriverConfig {
         let mut config = Self::new(name, node_id, PathBuf::new())?;
         config.endpoint = kubelet.join("plugins").join(&config.name).join("csi.sock");
         Ok(config.registered_in(kubelet.join("plugins_registry")))
+    }
+
+    /// Logs in with the pods' service-account tokens where their secrets say nothing.
+    pub fn with_logins(self, logins: Vec<TokenLogin>) -> Self {
+        Self { logins, ..self }
+    }
+
+    pub(crate) fn logins(&self) -> &[TokenLogin] {
+        &self.logins
     }
 
     /// Registers with the kubelet that watches `folder`. The kubelet must see the

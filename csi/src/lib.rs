@@ -30,6 +30,6 @@ mod testing;
 pub mod volume;
 
 pub use call::{Call, Operation, code_name};
-pub use driver::{BoundDriver, Driver, DriverConfig};
+pub use driver::{BoundDriver, Driver, DriverConfig, TokenLogin};
 pub use socket::BindError;
 pub use volume::Volumes;

@@ -10,6 +10,7 @@
 //! A request is never logged or repeated as a whole: it carries secrets and tokens. What is
 //! told of a call is in [`crate::call`].
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use carport_image::PullError;
@@ -31,7 +32,7 @@ use tonic::{Code, Request, Response, Status};
 
 use crate::call::{Observer, Operation, Report};
 use crate::deadline::deadline;
-use crate::driver::DriverConfig;
+use crate::driver::{DriverConfig, TokenLogin};
 use crate::mount::MountError;
 use crate::volume::{
     Condition, InvalidRequest, PublishError, PublishRequest, StatsError, TargetPath,
@@ -40,6 +41,9 @@ use crate::volume::{
 
 /// The key of a Secret of type `kubernetes.io/dockerconfigjson`.
 const DOCKER_CONFIG_KEY: &str = ".dockerconfigjson";
+
+/// Where the kubelet puts the pod's service-account tokens, as JSON by audience.
+const TOKENS_KEY: &str = "csi.storage.k8s.io/serviceAccount.tokens";
 
 /// Mount options that say what is the case anyway. Others are refused: dropping them
 /// silently would be worse.
@@ -152,7 +156,7 @@ impl NodeService {
         deadline: Instant,
         report: &mut Report,
     ) -> Result<(), Status> {
-        let request = parse_publish(request, deadline)?;
+        let request = parse_publish(request, self.config.logins(), deadline)?;
         report.pod.clone_from(&request.attributes.pod);
         report.digest = request.attributes.image.digest();
         match self.volumes.publish(request).await {
@@ -189,6 +193,7 @@ impl NodeService {
 
 fn parse_publish(
     request: &NodePublishVolumeRequest,
+    logins: &[TokenLogin],
     deadline: Instant,
 ) -> Result<PublishRequest, Status> {
     let (volume_id, target) = parse_place(&request.volume_id, &request.target_path)?;
@@ -198,7 +203,8 @@ fn parse_publish(
     // means to write, and every volume is read-only.
     let mut attributes = VolumeAttributes::parse(context)?;
     attributes.options.noexec |= noexec;
-    Ok(PublishRequest { volume_id, target, attributes, secret: parse_secret(request)?, deadline })
+    let secret = with_tokens(parse_secret(request)?, request, logins)?;
+    Ok(PublishRequest { volume_id, target, attributes, secret, deadline })
 }
 
 fn parse_place(volume_id: &str, target: &str) -> Result<(VolumeId, TargetPath), InvalidRequest> {
@@ -229,7 +235,7 @@ fn check_capability(capability: Option<&VolumeCapability>) -> Result<bool, Statu
 }
 
 fn parse_secret(request: &NodePublishVolumeRequest) -> Result<PullSecret, Status> {
-    if request.secrets.is_empty() {
+    if request.secrets.keys().all(|key| key == TOKENS_KEY) {
         return Ok(PullSecret::none());
     }
     let Some(text) = request.secrets.get(DOCKER_CONFIG_KEY) else {
@@ -240,6 +246,32 @@ fn parse_secret(request: &NodePublishVolumeRequest) -> Result<PullSecret, Status
     };
     PullSecret::from_docker_config_json(text)
         .map_err(|error| Status::invalid_argument(format!("nodePublishSecretRef: {error}")))
+}
+
+/// Adds the logins that the pod's service-account tokens make. The kubelet gives them in the volume
+/// context or, where the CSIDriver says so, among the secrets.
+fn with_tokens(
+    secret: PullSecret,
+    request: &NodePublishVolumeRequest,
+    logins: &[TokenLogin],
+) -> Result<PullSecret, Status> {
+    #[derive(serde::Deserialize)]
+    struct Given {
+        token: String,
+    }
+    let text = request.secrets.get(TOKENS_KEY).or_else(|| request.volume_context.get(TOKENS_KEY));
+    let Some(text) = text.filter(|text| !logins.is_empty() && !text.is_empty()) else {
+        return Ok(secret);
+    };
+    // The error of the parser would repeat a part of it.
+    let given: HashMap<String, Given> = serde_json::from_str(text)
+        .map_err(|_| Status::invalid_argument(format!("{TOKENS_KEY}: not what a kubelet gives")))?;
+    Ok(logins.iter().fold(secret, |secret, login| match given.get(&login.audience) {
+        Some(Given { token }) => {
+            secret.or_login(&login.registry, login.username.clone(), token.clone())
+        }
+        None => secret,
+    }))
 }
 
 impl From<InvalidRequest> for Status {

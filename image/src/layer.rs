@@ -252,7 +252,7 @@ impl Resumed {
         });
         let (unpacked, found_diff_id) = match outcome {
             Ok(finished) => finished,
-            Err(e @ LayerError::Stopped(_)) if ingest.has_checkpoint() => return Err(e),
+            Err(e @ LayerError::Stopped(1..)) if ingest.has_checkpoint() => return Err(e),
             // Bytes that are wrong stay wrong, a full disk wants its room back, and what has no place
             // to go on from starts again.
             Err(e) => {

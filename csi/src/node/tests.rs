@@ -111,7 +111,7 @@ fn publish_request() -> NodePublishVolumeRequest {
 }
 
 fn parse(request: &NodePublishVolumeRequest) -> Result<PublishRequest, Status> {
-    parse_publish(request, Instant::now() + Duration::from_secs(1))
+    parse_publish(request, &[], Instant::now() + Duration::from_secs(1))
 }
 
 #[test]
@@ -170,4 +170,32 @@ fn the_uncertain_codes_are_those_of_the_kubelet() {
     let uncertain: BTreeSet<i32> =
         (0..17).filter(|&code| !is_final(Code::from_i32(code))).collect();
     assert_eq!(uncertain, BTreeSet::from([1, 4, 8, 10, 14]));
+}
+
+#[test]
+fn a_pods_token_is_its_login_where_the_registry_takes_it() {
+    let login = |registry: &str, audience: &str| TokenLogin {
+        registry: registry.to_owned(),
+        audience: audience.to_owned(),
+        username: "pod".to_owned(),
+    };
+    let logins = [login("a.example", "a"), login("b.example", "b")];
+    let tokens = r#"{"a": {"token": "hunter2", "expirationTimestamp": "2030-01-01T00:00:00Z"}}"#;
+    let request = |tokens: &str, secrets: &[(&str, &str)]| NodePublishVolumeRequest {
+        volume_context: [(TOKENS_KEY.to_owned(), tokens.to_owned())].into(),
+        secrets: secrets.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        ..NodePublishVolumeRequest::default()
+    };
+    let with = |request: &NodePublishVolumeRequest, logins| {
+        with_tokens(parse_secret(request).unwrap(), request, logins)
+    };
+    let expected = PullSecret::none().or_login("a.example", "pod".into(), "hunter2".into());
+    assert!(with(&request(tokens, &[]), &logins).unwrap() == expected);
+    // As newer kubelets give them.
+    assert!(with(&request("", &[(TOKENS_KEY, tokens)]), &logins).unwrap() == expected);
+    assert!(with(&request(tokens, &[]), &[]).unwrap() == PullSecret::none());
+    assert!(with(&request("", &[]), &logins).unwrap() == PullSecret::none());
+    let wrong = with(&request("hunter2", &[]), &logins).err().unwrap();
+    assert_eq!(wrong.code(), Code::InvalidArgument);
+    assert!(!wrong.message().contains("hunter2"), "{wrong}");
 }

@@ -72,6 +72,16 @@ impl PullSecret {
         Ok(Self { entries: entries.into() })
     }
 
+    /// With a login for a registry (`registry.example`, or `*.registry.example`) for which it has none.
+    #[must_use]
+    pub fn or_login(self, registry: &str, username: String, password: String) -> Self {
+        let auth = Auth { username: Some(username), password: Some(password), ..Auth::default() };
+        // Of two that fit as well the last one counts.
+        let mut entries = vec![Entry { pattern: Pattern::new(registry), auth }];
+        entries.extend_from_slice(&self.entries);
+        Self { entries: entries.into() }
+    }
+
     /// Tells apart who asks for `reference`, without being a credential: of all that the
     /// secret holds, the entry that would be used counts. Without one the node's own
     /// configuration is used, which is the same for everybody.
@@ -275,7 +285,7 @@ struct DockerConfig {
 }
 
 /// An entry as docker writes it; all of it may be missing where a helper holds the secret.
-#[derive(Deserialize, PartialEq, Eq, Hash)]
+#[derive(Clone, Default, Deserialize, PartialEq, Eq, Hash)]
 struct Auth {
     auth: Option<String>,
     username: Option<String>,
@@ -284,7 +294,7 @@ struct Auth {
 }
 
 /// One entry of `auths`.
-#[derive(PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Entry {
     pattern: Pattern,
     auth: Auth,
@@ -329,7 +339,7 @@ fn decode(auth: &str) -> Option<(String, String)> {
 }
 
 /// The key of an entry: which repositories it is for.
-#[derive(PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 struct Pattern {
     host: String,
     path: String,
@@ -407,6 +417,19 @@ mod tests {
     fn secret(auths: &serde_json::Value) -> PullSecret {
         let text = serde_json::json!({ "auths": auths }).to_string();
         PullSecret::from_docker_config_json(&text).unwrap()
+    }
+
+    #[test]
+    fn a_login_counts_where_the_secret_has_none() {
+        let own = secret(&serde_json::json!({ "a.example": { "auth": auth("ada:own") } }));
+        let with = own.or_login("a.example", "pod".into(), "t1".into()).or_login(
+            "*.b.example",
+            "pod".into(),
+            "t2".into(),
+        );
+        assert_eq!(pick(&with, "a.example", "team/m"), Some(password("ada", "own")));
+        assert_eq!(pick(&with, "x.b.example", "team/m"), Some(password("pod", "t2")));
+        assert_eq!(pick(&with, "c.example", "team/m"), None);
     }
 
     fn pick(secret: &PullSecret, host: &str, repository: &str) -> Option<Credential> {
