@@ -83,7 +83,7 @@ mod views;
 
 pub(crate) use access::{AccessRecord, Standing};
 pub(crate) use capacity::Admission;
-pub use capacity::{Held, Limits, Promised, Room, Space};
+pub use capacity::{Fits, Held, Limits, Promised, Room, Space};
 pub use collect::Collected;
 pub use error::StoreError;
 pub use evict::{Evicted, EvictedImage, EvictionCount, Reason};
@@ -92,6 +92,7 @@ pub(crate) use holdings::Wanted;
 pub(crate) use ingest::Ingest;
 pub(crate) use lease::Lease;
 pub(crate) use objects::Staged;
+pub use outlook::Survey;
 pub use pins::{InvalidOwner, Owner, Pin, PinRequest};
 pub use record::Records;
 pub(crate) use repair::Repair;

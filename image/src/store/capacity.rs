@@ -166,6 +166,13 @@ impl Store {
         self.measure(self.counted.recent())
     }
 
+    /// The figures that move with each byte of a pull: how much room there is, and what of it is
+    /// promised. Costs what [`Store::space`] does, and a few small files a pull.
+    pub fn standing(&self) -> Result<(Space, Promised), StoreError> {
+        let (_, promised) = self.promised(|_| false)?;
+        Ok((self.space()?, promised))
+    }
+
     /// As [`Store::space`], counted anew.
     pub(super) fn space_now(&self) -> Result<Space, StoreError> {
         self.measure(None)
@@ -434,7 +441,37 @@ pub struct Room {
     pub unused_bytes: u64,
 }
 
+/// How something that is still to come would be let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fits {
+    /// It would be refused.
+    No,
+    /// Images would be evicted for it.
+    AfterEviction,
+    /// No image would go.
+    AsItIs,
+}
+
 impl Room {
+    /// How a pull of `needed` bytes would be let in, beside what others were promised: [`Store`]'s
+    /// admission, reckoned from these figures alone.
+    pub fn fits(&self, needed: u64, limits: &Limits) -> Fits {
+        if needed == 0 {
+            return Fits::AsItIs;
+        }
+        let coming = self.taken.total().saturating_add(needed);
+        // What nobody uses goes before any image.
+        let space = self.space.with_freed(self.unused_bytes);
+        let lacking = coming.saturating_sub(space.free_bytes);
+        if lacking > self.held.evictable_bytes {
+            Fits::No
+        } else if space.excess(coming, limits.high) == 0 || self.held.evictable_bytes == 0 {
+            Fits::AsItIs
+        } else {
+            Fits::AfterEviction
+        }
+    }
+
     fn refusal(&self, what: &str, needed: u64, limits: &Limits) -> String {
         let Self { space, taken, held, .. } = self;
         let of = match limits.quota_bytes {

@@ -160,3 +160,46 @@ fn what_is_too_much_is_counted_against_the_watermark_and_the_limit() {
     assert_eq!(space.excess(250, 1.0), 50, "less is free than the limit says");
     assert_eq!(space.excess(u64::MAX, 1.0), u64::MAX - 200);
 }
+
+#[test]
+fn what_would_be_let_in_is_reckoned_as_admission_does() {
+    let limits = Limits { high: 0.8, ..Limits::default() };
+    let mut room = Room {
+        space: Space { limit_bytes: 1000, used_bytes: 700, free_bytes: 300 },
+        taken: Promised { pulls_bytes: 20, reserved_bytes: 30 },
+        held: Held { evictable_bytes: 400, ..Held::default() },
+        unused_bytes: 100,
+    };
+    assert_eq!(room.fits(150, &limits), Fits::AsItIs, "up to the watermark, without what is unused");
+    assert_eq!(room.fits(151, &limits), Fits::AfterEviction);
+    assert_eq!(room.fits(750, &limits), Fits::AfterEviction);
+    assert_eq!(room.fits(751, &limits), Fits::No);
+    assert_eq!(room.fits(u64::MAX, &limits), Fits::No);
+    // Above the watermark with nothing to evict is no reason to refuse.
+    room.held.evictable_bytes = 0;
+    assert_eq!(room.fits(350, &limits), Fits::AsItIs);
+    assert_eq!(room.fits(351, &limits), Fits::No);
+    room.space = Space { limit_bytes: 1000, used_bytes: 2000, free_bytes: 0 };
+    assert_eq!(room.fits(0, &limits), Fits::AsItIs, "nothing needs no room");
+}
+
+#[test]
+fn a_survey_says_what_could_go_and_with_which_images() {
+    let (_dir, store) = store();
+    let store = with_quota(store, 1000 * KIB);
+    let (own, _) = put_layer(&store, &noise(1, 40 * 1024));
+    let (shared, _) = put_layer(&store, &noise(2, 20 * 1024));
+    let (kept, _) = put_layer(&store, &noise(3, 12 * 1024));
+    put_layer(&store, &noise(4, 8 * 1024));
+    let (a, b) = (put_image(&store, "a", &[own, shared]), put_image(&store, "b", &[shared]));
+    let pinned = put_image(&store, "pinned", &[kept]);
+    let request = super::super::PinRequest { owner: "ops".parse().unwrap(), expires_at: None };
+    store.pin(&pinned, None, &request).unwrap();
+    let survey = store.survey().unwrap();
+    assert_eq!(survey.held.evictable_bytes, 60 * KIB);
+    assert_eq!(survey.held.pinned_bytes, 12 * KIB);
+    assert_eq!(survey.evictable, BTreeMap::from([(a, 60 * KIB), (b, 20 * KIB)]));
+    let (room, (space, taken)) = (store.room().unwrap(), store.standing().unwrap());
+    assert_eq!((room.space, room.taken), (space, taken));
+    assert_eq!((room.held, room.unused_bytes), (survey.held, survey.unused_bytes));
+}

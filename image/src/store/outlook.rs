@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt;
 
-use super::capacity::Room;
+use super::capacity::{Held, Room};
 use super::error::StoreError;
 use super::evict::EvictedImage;
 use super::holdings::Wanted;
@@ -24,6 +24,18 @@ pub(crate) struct Outlook {
     pub(crate) fits: bool,
 }
 
+/// What the images hold, as a walk of all trees finds it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// What images hold.
+    pub held: Held,
+    /// Objects and partial layers that nobody uses.
+    pub unused_bytes: u64,
+    /// Images that can be evicted, with the bytes of `held.evictable_bytes` that could not go without
+    /// them: what several such images share counts for each.
+    pub evictable: BTreeMap<Digest, u64>,
+}
+
 impl Store {
     /// How much room there is, what was promised, and what the images hold of it.
     ///
@@ -37,6 +49,23 @@ impl Store {
             held: self.holdings(&wanted)?.held(),
             unused_bytes: self.unused_bytes(&wanted)?,
         })
+    }
+
+    /// What the images hold, and which of it could go. With [`Store::standing`] that is [`Store::room`], for
+    /// who looks again and again.
+    ///
+    /// Costs a `stat` for each object and for each file of all images.
+    pub fn survey(&self) -> Result<Survey, StoreError> {
+        let wanted = Wanted::default();
+        let holdings = self.holdings(&wanted)?;
+        let mut evictable = BTreeMap::new();
+        for (images, bytes) in holdings.sets() {
+            for image in images {
+                *evictable.entry(holdings.images[image].image.digest).or_default() += bytes;
+            }
+        }
+        let unused_bytes = self.unused_bytes(&wanted)?;
+        Ok(Survey { held: holdings.held(), unused_bytes, evictable })
     }
 
     /// What pulls of `references`, of which these layers are `missing`, would find.
