@@ -17,6 +17,7 @@
 //!
 //! Where bytes come from is [`crate::source`]; what a layer becomes, `layer`.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -260,6 +261,17 @@ impl From<StoreError> for PullError {
     }
 }
 
+/// What a [`Puller`] has brought since it was made, whatever became of it: these figures only grow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes of blobs that came from sources, as they travel; also those that came again, were only looked at,
+    /// or repaired something.
+    pub fetched_bytes: u64,
+    /// Bytes of layers that did not have to come, since the store had the layer, its files, or a part
+    /// that an earlier pull had left. Counted when the layer is here.
+    pub skipped_bytes: u64,
+}
+
 /// Pulls images into a store. Clones share all state.
 #[derive(Clone)]
 pub struct Puller {
@@ -277,6 +289,8 @@ struct Inner {
     /// What the store has by size; held on blocking threads only.
     sizes: Arc<Mutex<Sizes>>,
     board: Board,
+    /// Bytes of layers that did not have to be fetched.
+    skipped: AtomicU64,
     /// One grant is noted at a time: each adds to what the record says.
     grants: tokio::sync::Mutex<()>,
     /// Joins what runs on blocking threads at shutdown.
@@ -311,6 +325,7 @@ impl Puller {
                 slots: Arc::new(Slots::new(options.concurrent_layers)),
                 sizes: Arc::default(),
                 board: Board::default(),
+                skipped: AtomicU64::new(0),
                 grants: tokio::sync::Mutex::default(),
                 tasks: TaskTracker::new(),
                 stop: CancellationToken::new(),
@@ -364,6 +379,14 @@ impl Puller {
     /// Pulls in flight, and recent failures, in the order in which they were asked for.
     pub fn pulls(&self) -> Vec<PullProgress> {
         self.inner.board.list()
+    }
+
+    /// What came, and what did not have to, since the start.
+    pub fn traffic(&self) -> Traffic {
+        Traffic {
+            fetched_bytes: self.inner.fetcher.came(),
+            skipped_bytes: self.inner.skipped.load(Ordering::Relaxed),
+        }
     }
 
     /// Changes its value when a pull starts, passes a stage, or ends; not with each byte.

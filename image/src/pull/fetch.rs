@@ -18,6 +18,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use backon::BackoffBuilder as _;
@@ -54,6 +55,8 @@ pub(super) struct Fetcher {
     connections: usize,
     attempts: u32,
     pub(super) pace: Arc<Pace>,
+    /// Bytes of blobs that came from sources, whatever became of them.
+    came: Arc<AtomicU64>,
 }
 
 impl Fetcher {
@@ -66,7 +69,13 @@ impl Fetcher {
             connections: connections.max(1),
             attempts: attempts.max(1),
             pace: Arc::new(Pace::new()),
+            came: Arc::default(),
         }
+    }
+
+    /// Bytes of blobs that came from sources since the start, those that were of no use included.
+    pub(super) fn came(&self) -> u64 {
+        self.came.load(Ordering::Relaxed)
     }
 
     /// Sends the bytes of `ranges` of the blob, in order, into `out`; no chunk holds bytes of two
@@ -165,7 +174,8 @@ impl Fetcher {
         state: LayerState,
     ) -> RangeReader {
         let pace = (!source.is_local()).then(|| Arc::clone(&self.pace));
-        RangeReader { source, blob, range, state, pace, attempts: self.attempts, body: None }
+        let (came, attempts) = (Arc::clone(&self.came), self.attempts);
+        RangeReader { source, blob, range, state, pace, came, attempts, body: None }
     }
 
     /// One connection for the blob up to the last of `ranges`, in bounded steps of credit. What
@@ -273,6 +283,7 @@ struct RangeReader {
     state: LayerState,
     /// Absent where nothing comes over the network.
     pace: Option<Arc<Pace>>,
+    came: Arc<AtomicU64>,
     attempts: u32,
     body: Option<BlobBody>,
 }
@@ -285,6 +296,7 @@ impl RangeReader {
             range,
             state: self.state.clone(),
             pace: self.pace.clone(),
+            came: Arc::clone(&self.came),
             attempts: self.attempts,
             body: None,
         }
@@ -319,6 +331,7 @@ impl RangeReader {
             let Some(body) = &mut self.body else { continue };
             let error = match body.stream.next().await {
                 Some(Ok(mut bytes)) => {
+                    self.came.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                     let skipped = (self.range.start - body.offset).min(bytes.len() as u64);
                     body.offset += bytes.len() as u64;
                     let _ = bytes.split_to(skipped as usize);

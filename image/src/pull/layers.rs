@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -76,6 +77,11 @@ impl Inner {
                         // A mirror that lied is not asked again.
                         Err(error @ PullError::Mismatch(_)) if source.distrust() => {
                             tracing::warn!(layer = %layer.blob.digest, %error, "asking elsewhere");
+                        }
+                        Ok(_) => {
+                            let skipped = shown.meter.read(Instant::now()).skipped_bytes;
+                            inner.skipped.fetch_add(skipped, Ordering::Relaxed);
+                            return done;
                         }
                         _ => return done,
                     }

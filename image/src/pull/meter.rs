@@ -29,6 +29,8 @@ pub(super) struct Reading {
     pub(super) fetched_bytes: u64,
     /// Bytes that arrived and count, and those that did not have to be fetched.
     pub(super) done_bytes: u64,
+    /// Of these, bytes that did not have to be fetched.
+    pub(super) skipped_bytes: u64,
     /// Of what was fetched.
     pub(super) bytes_per_second: f64,
 }
@@ -76,6 +78,7 @@ impl Meter {
         Reading {
             fetched_bytes: state.fetched_bytes,
             done_bytes: state.fetched_bytes - state.lost_bytes + state.skipped_bytes,
+            skipped_bytes: state.skipped_bytes,
             bytes_per_second: state.rate / weight,
         }
     }
@@ -124,7 +127,12 @@ mod tests {
         let meter = Meter::new(start);
         meter.skip(1 << 30);
         let reading = meter.read(start + Duration::from_secs(1));
-        let expected = Reading { fetched_bytes: 0, done_bytes: 1 << 30, bytes_per_second: 0.0 };
+        let expected = Reading {
+            fetched_bytes: 0,
+            done_bytes: 1 << 30,
+            skipped_bytes: 1 << 30,
+            bytes_per_second: 0.0,
+        };
         assert_eq!(reading, expected);
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::StreamExt as _;
@@ -345,8 +346,10 @@ impl Inner {
             .filter(|placed| !here.contains(&placed.key()) && started.insert(placed.key()))
             .map(|placed| self.start_layer(source, placed.layer, placed.diff_id, &entry.urgency))
             .collect();
+        let present_bytes = here.iter().map(|(layer, _)| layer.blob.size).sum();
+        self.skipped.fetch_add(present_bytes, Ordering::Relaxed);
         entry.set(|stage| {
-            stage.present_bytes = here.iter().map(|(layer, _)| layer.blob.size).sum();
+            stage.present_bytes = present_bytes;
             stage.layers = flights.iter().map(|flight| flight.state.clone()).collect();
             // It may have become more urgent since, and others' layers less urgent than it.
             let priority = entry.urgency.get();

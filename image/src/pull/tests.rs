@@ -109,9 +109,16 @@ async fn what_is_here_is_not_fetched_again() {
     let base = bench.layout.image("base", std::slice::from_ref(&shared));
     let tuned = bench.layout.image("tuned", &[shared.clone(), extra.clone(), shared.clone()]);
     bench.pull(&base).await.unwrap();
+    let size = |layer: &TestLayer| fs::metadata(bench.layout.blob_path(&layer.blob)).unwrap().len();
+    let (shared_bytes, extra_bytes) = (size(&shared), size(&extra));
+    let before = Traffic { fetched_bytes: shared_bytes, skipped_bytes: 0 };
+    assert_eq!(bench.puller.traffic(), before);
     fs::remove_file(bench.layout.blob_path(&shared.blob)).unwrap();
     let pulled = bench.pull(&tuned).await.unwrap();
     assert!(pulled.fetched_bytes < 10_000, "{} bytes", pulled.fetched_bytes);
+    let fetched_bytes = shared_bytes + extra_bytes;
+    let after = Traffic { fetched_bytes, skipped_bytes: shared_bytes };
+    assert_eq!(bench.puller.traffic(), after);
     assert_eq!(bench.tree(&pulled), ["adapter", "base"]);
     assert!(bench.pull(&tuned).await.unwrap().already_present);
     assert_eq!(bench.store().usage().unwrap().objects, 2);
@@ -298,6 +305,8 @@ async fn shutdown_stops_where_the_next_start_goes_on() {
     let pulled = bench.pull(&reference).await.unwrap();
     let total = fs::metadata(bench.layout.blob_path(&layer.blob)).unwrap().len();
     assert!(pulled.fetched_bytes < total, "{} of {total} bytes again", pulled.fetched_bytes);
+    let Traffic { fetched_bytes, skipped_bytes } = bench.puller.traffic();
+    assert_eq!((fetched_bytes, fetched_bytes + skipped_bytes), (pulled.fetched_bytes, total));
     assert_eq!(bench.tree(&pulled), ["weights"]);
 }
 

@@ -170,7 +170,11 @@ fn what_would_be_let_in_is_reckoned_as_admission_does() {
         held: Held { evictable_bytes: 400, ..Held::default() },
         unused_bytes: 100,
     };
-    assert_eq!(room.fits(150, &limits), Fits::AsItIs, "up to the watermark, without what is unused");
+    assert_eq!(
+        room.fits(150, &limits),
+        Fits::AsItIs,
+        "up to the watermark, without what is unused"
+    );
     assert_eq!(room.fits(151, &limits), Fits::AfterEviction);
     assert_eq!(room.fits(750, &limits), Fits::AfterEviction);
     assert_eq!(room.fits(751, &limits), Fits::No);
