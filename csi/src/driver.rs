@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use carport_proto::csi::v1::identity_server::IdentityServer;
 use carport_proto::csi::v1::node_server::NodeServer;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -28,7 +29,7 @@ use tonic::transport::server::Router;
 use crate::call::{Call, Observer};
 use crate::identity::IdentityService;
 use crate::node::NodeService;
-use crate::registration::Registered;
+use crate::registration::{Registered, RegistrationState};
 use crate::socket::{BindError, Socket};
 use crate::volume::Volumes;
 
@@ -203,7 +204,8 @@ impl Driver {
         let registration = self.config.registration().map(Socket::bind).transpose()?;
         csi.show()?;
         let Self { config, volumes, observer } = self;
-        Ok(BoundDriver { config, volumes, observer, csi, registration })
+        let (told, _) = watch::channel(RegistrationState::Waiting);
+        Ok(BoundDriver { config, volumes, observer, csi, registration, told })
     }
 }
 
@@ -214,9 +216,16 @@ pub struct BoundDriver {
     observer: Observer,
     csi: Socket,
     registration: Option<Socket>,
+    told: watch::Sender<RegistrationState>,
 }
 
 impl BoundDriver {
+    /// What the kubelet makes of the driver, from now on. Of one that registers nowhere nothing is
+    /// ever heard.
+    pub fn registration(&self) -> watch::Receiver<RegistrationState> {
+        self.told.subscribe()
+    }
+
     /// Serves until `shutdown` ends; then removes the sockets, ends waiting publishes with
     /// Unavailable and leaves all mounts in place.
     ///
@@ -238,7 +247,7 @@ impl BoundDriver {
             .add_service(NodeServer::new(node));
         start(&mut servers, "csi", csi, &mut self.csi, &stop)?;
         let registered = match self.registration.take() {
-            Some(socket) => Some(Registered::show(&self.config, socket)?),
+            Some(socket) => Some(Registered::show(&self.config, &self.told, socket)?),
             None => None,
         };
         let mut registered =

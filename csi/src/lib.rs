@@ -31,5 +31,6 @@ pub mod volume;
 
 pub use call::{Call, Operation, code_name};
 pub use driver::{BoundDriver, Driver, DriverConfig, TokenLogin};
+pub use registration::RegistrationState;
 pub use socket::BindError;
 pub use volume::Volumes;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher as _};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -39,23 +39,41 @@ const SAFETY_NET: Duration = Duration::from_secs(30);
 /// The registration calls are answered at once; who stays connected is cut off after this.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// What the kubelet has made of the driver.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RegistrationState {
+    /// It has not said anything yet, or the socket it knew the driver by was taken away.
+    Waiting,
+    /// It sends volumes.
+    Registered,
+    /// It does not, and why.
+    Failed(String),
+}
+
 /// A registration socket that is served and can be seen. Dropping it takes it away.
 pub(crate) struct Registered {
     config: Arc<DriverConfig>,
+    told: watch::Sender<RegistrationState>,
     socket: Socket,
     servers: JoinSet<Ended>,
     stop: CancellationToken,
 }
 
 impl Registered {
-    /// Serves the socket, then shows it.
-    pub(crate) fn show(config: &Arc<DriverConfig>, mut socket: Socket) -> Result<Self, ServeError> {
+    /// Serves the socket, then shows it. `told` hears what the kubelet says.
+    pub(crate) fn show(
+        config: &Arc<DriverConfig>,
+        told: &watch::Sender<RegistrationState>,
+        mut socket: Socket,
+    ) -> Result<Self, ServeError> {
         let (mut servers, stop) = (JoinSet::new(), CancellationToken::new());
-        let service = RegistrationService { config: Arc::clone(config) };
+        let service = RegistrationService { config: Arc::clone(config), told: told.clone() };
         let router = Server::builder().add_service(RegistrationServer::new(service));
         start(&mut servers, "registration", router, &mut socket, &stop)?;
+        // Before anybody can see the socket: what was said of an earlier one is over.
+        told.send_replace(RegistrationState::Waiting);
         socket.show()?;
-        Ok(Self { config: Arc::clone(config), socket, servers, stop })
+        Ok(Self { config: Arc::clone(config), told: told.clone(), socket, servers, stop })
     }
 
     /// Keeps the socket in its place until `hide` is cancelled; then it is gone.
@@ -95,7 +113,7 @@ impl Registered {
             return false;
         }
         let shown = Socket::bind(&socket).map_err(ServeError::from);
-        match shown.and_then(|socket| Self::show(&self.config, socket)) {
+        match shown.and_then(|socket| Self::show(&self.config, &self.told, socket)) {
             Ok(new) => {
                 std::mem::replace(self, new).stop.cancel();
                 tracing::info!(socket = %socket.display(), "showed the registration socket again");
@@ -136,6 +154,7 @@ fn watch(path: &Path, changed: &Arc<Notify>) -> Option<notify::RecommendedWatche
 /// The adapter from gRPC to the driver's configuration.
 pub(crate) struct RegistrationService {
     pub(crate) config: Arc<DriverConfig>,
+    pub(crate) told: watch::Sender<RegistrationState>,
 }
 
 #[tonic::async_trait]
@@ -157,12 +176,14 @@ impl Registration for RegistrationService {
         // Comes again whenever the kubelet restarts.
         if status.plugin_registered {
             tracing::info!(driver = self.config.name(), "registered with the kubelet");
+            self.told.send_replace(RegistrationState::Registered);
         } else {
             tracing::error!(
                 driver = self.config.name(),
                 why = status.error,
                 "the kubelet did not register the driver; see whether its name is taken"
             );
+            self.told.send_replace(RegistrationState::Failed(status.error));
         }
         Ok(Response::new(RegistrationStatusResponse {}))
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use carport_csi::driver::ServeError;
 use carport_csi::mount::KernelMounter;
 use carport_csi::volume::LayoutFolders;
-use carport_csi::{BindError, Call, Driver, DriverConfig, Volumes, code_name};
+use carport_csi::{BindError, Call, Driver, DriverConfig, RegistrationState, Volumes, code_name};
 use carport_proto::client::{ConnectError, connect};
 use carport_proto::csi::v1::identity_client::IdentityClient;
 use carport_proto::csi::v1::node_client::NodeClient;
@@ -30,7 +30,7 @@ use carport_proto::csi::v1::{
 use carport_proto::pluginregistration::v1::registration_client::RegistrationClient;
 use carport_proto::pluginregistration::v1::{InfoRequest, RegistrationStatus};
 use rustix::mount::MountPropagationFlags;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic::{Code, Request, Status};
 
@@ -47,6 +47,7 @@ struct Node {
     shutdown: Option<oneshot::Sender<()>>,
     served: JoinHandle<Result<(), ServeError>>,
     calls: Arc<Mutex<Vec<Call>>>,
+    registration: watch::Receiver<RegistrationState>,
 }
 
 fn config(world: &World) -> DriverConfig {
@@ -66,11 +67,12 @@ impl Node {
         let driver = Driver::new(config.clone(), volumes(world))
             .observed_by(move |call| heard.lock().unwrap().push(*call));
         let bound = driver.bind().unwrap();
+        let registration = bound.registration();
         let (shutdown, asked) = oneshot::channel();
         let served = tokio::spawn(bound.serve(async move {
             let _ = asked.await;
         }));
-        Self { config, shutdown: Some(shutdown), served, calls }
+        Self { config, shutdown: Some(shutdown), served, calls, registration }
     }
 
     async fn stop(mut self) {
@@ -158,8 +160,14 @@ fn the_kubelet_registers_the_driver_and_runs_pods_with_it() {
         let mut client = node.node().await;
         let answer = client.node_get_info(NodeGetInfoRequest {}).await.unwrap().into_inner();
         assert_eq!((&*answer.node_id, answer.max_volumes_per_node), ("node-1", 0));
+        let mut told = node.registration.clone();
+        assert_eq!(*told.borrow_and_update(), RegistrationState::Waiting);
+        let refused = RegistrationStatus { plugin_registered: false, error: "taken".into() };
+        registration.notify_registration_status(refused).await.unwrap();
+        assert_eq!(*told.borrow_and_update(), RegistrationState::Failed("taken".into()));
         let status = RegistrationStatus { plugin_registered: true, error: String::new() };
         registration.notify_registration_status(status).await.unwrap();
+        assert_eq!(*told.borrow_and_update(), RegistrationState::Registered);
 
         let capabilities = client.node_get_capabilities(NodeGetCapabilitiesRequest {}).await;
         let capabilities: Vec<rpc::Type> = capabilities
@@ -221,9 +229,14 @@ fn a_registration_socket_that_is_taken_away_comes_back() {
         for _ in 0..3 {
             fs::remove_file(&socket).unwrap();
             wait_for(&socket).await;
+            assert_eq!(*node.registration.borrow(), RegistrationState::Waiting, "for the kubelet");
             let channel = connect(&socket).await.unwrap();
-            let info = RegistrationClient::new(channel).get_info(InfoRequest {}).await.unwrap();
+            let mut kubelet = RegistrationClient::new(channel);
+            let info = kubelet.get_info(InfoRequest {}).await.unwrap();
             assert_eq!(info.into_inner().name, NAME);
+            let status = RegistrationStatus { plugin_registered: true, error: String::new() };
+            kubelet.notify_registration_status(status).await.unwrap();
+            assert_eq!(*node.registration.borrow(), RegistrationState::Registered);
         }
         // Nothing is left under another name, and nothing after the end.
         let folder = socket.parent().unwrap();
