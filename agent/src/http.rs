@@ -3,7 +3,8 @@
 //! - `/`: the status page;
 //! - `/metrics`: OpenMetrics text;
 //! - `/healthz`: 200 while the process answers and keeps its state; else restart it;
-//! - `/readyz`: 200 once the store is open and all sockets are served, until the drain.
+//! - `/readyz`: 200 once the store is open, all sockets are served and the kubelet has registered the driver, until the
+//!   drain; else why not.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use carport_csi::RegistrationState;
 use carport_image::Puller;
 
 use crate::metrics::{CONTENT_TYPE, Metrics};
@@ -37,6 +39,8 @@ pub struct Pages {
     pub state: watch::Receiver<Arc<NodeState>>,
     /// How far the agent is.
     pub phase: watch::Receiver<Phase>,
+    /// What the kubelet has made of the CSI driver; absent where none is served.
+    pub registration: Option<watch::Receiver<RegistrationState>>,
     /// What it measured.
     pub metrics: Arc<Metrics>,
 }
@@ -78,7 +82,7 @@ pub async fn serve(
 
 async fn metrics(State(pages): State<Pages>) -> Response {
     let state = pages.state.borrow().clone();
-    match pages.metrics.encode(&state) {
+    match pages.metrics.encode(&state, pages.puller.traffic()) {
         Ok(text) => ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }
@@ -106,9 +110,22 @@ async fn healthz(State(pages): State<Pages>) -> Response {
 
 async fn readyz(State(pages): State<Pages>) -> Response {
     let phase = *pages.phase.borrow();
-    match phase {
-        Phase::Serving => "ok\n".into_response(),
-        Phase::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response(),
-        Phase::Draining => (StatusCode::SERVICE_UNAVAILABLE, "stopping\n").into_response(),
-    }
+    let registration = pages.registration.as_ref().map(|told| told.borrow().clone());
+    let why = match (phase, registration) {
+        (Phase::Serving, None | Some(RegistrationState::Registered)) => {
+            return "ok\n".into_response();
+        }
+        (Phase::Starting, _) => "starting".to_owned(),
+        (Phase::Draining, _) => "stopping".to_owned(),
+        (Phase::Serving, Some(RegistrationState::Waiting)) => {
+            "the kubelet has not registered the CSI driver yet; where that does not come, see \
+             whether csi.kubeletDir is the kubelet's folder"
+                .to_owned()
+        }
+        (Phase::Serving, Some(RegistrationState::Failed(why))) => format!(
+            "the kubelet did not register the CSI driver: {why}; see its log, and whether the \
+             driver's name is taken"
+        ),
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response()
 }

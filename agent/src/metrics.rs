@@ -9,7 +9,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
-use carport_image::pull::{PullProgress, PullState};
+use carport_image::pull::{PullProgress, PullState, Traffic};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -64,6 +64,7 @@ pub struct PullMetrics {
     ended: Family<ResultLabel, Counter>,
     failures: Family<ReasonLabel, Counter>,
     bytes: Counter,
+    skipped: Counter,
     seconds: Histogram,
     in_flight: Gauge,
 }
@@ -166,14 +167,16 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// All metrics as OpenMetrics text, the gauges as `state` has them.
+    /// All metrics as OpenMetrics text: the gauges as `state` has them, and what was pulled as `traffic` does.
     ///
     /// # Errors
     ///
     /// Never in practice: writing to a string does not fail.
-    pub fn encode(&self, state: &NodeState) -> Result<String, std::fmt::Error> {
+    pub fn encode(&self, state: &NodeState, traffic: Traffic) -> Result<String, std::fmt::Error> {
         let _scrape = self.scrape.lock().unwrap_or_else(PoisonError::into_inner);
         self.node.read(state);
+        raise(&self.pulls.bytes, traffic.fetched_bytes);
+        raise(&self.pulls.skipped, traffic.skipped_bytes);
         let mut text = String::with_capacity(8 * 1024);
         encode(&mut text, &self.registry)?;
         Ok(text)
@@ -186,6 +189,7 @@ impl PullMetrics {
             ended: Family::default(),
             failures: Family::default(),
             bytes: Counter::default(),
+            skipped: Counter::default(),
             seconds: Histogram::new(PULL_SECONDS),
             in_flight: Gauge::default(),
         };
@@ -207,6 +211,11 @@ impl PullMetrics {
             metrics.bytes.clone(),
         );
         registry.register(
+            "pull_skipped_bytes",
+            "Bytes of layers that did not have to come, since the store had them",
+            metrics.skipped.clone(),
+        );
+        registry.register(
             "pull_seconds",
             "Duration of pulls that succeeded",
             metrics.seconds.clone(),
@@ -221,8 +230,6 @@ impl PullMetrics {
         for pull in now {
             let earlier = before.iter().find(|earlier| same_pull(earlier, pull));
             let was_in_flight = earlier.is_none_or(in_flight);
-            let fetched_before = earlier.map_or(0, |earlier| earlier.fetched_bytes);
-            self.bytes.inc_by(pull.fetched_bytes.saturating_sub(fetched_before));
             if let (true, PullState::Failed { reason, .. }) = (was_in_flight, &pull.state) {
                 self.ended.get_or_create(&FAILED).inc();
                 self.failures.get_or_create(&ReasonLabel { reason }).inc();
@@ -234,8 +241,6 @@ impl PullMetrics {
 
     /// A pull that was last seen as `pull` has succeeded.
     pub fn done(&self, pull: &PullProgress) {
-        // After the last look came what was missing then.
-        self.bytes.inc_by(pull.total_bytes.saturating_sub(pull.done_bytes));
         self.ended.get_or_create(&DONE).inc();
         let elapsed = SystemTime::now().duration_since(pull.started_at).unwrap_or_default();
         self.seconds.observe(elapsed.as_secs_f64());
@@ -344,6 +349,11 @@ impl NodeMetrics {
     }
 }
 
+/// Brings a counter to what somebody else has counted.
+fn raise(counter: &Counter, to: u64) {
+    counter.inc_by(to.saturating_sub(counter.get()));
+}
+
 fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
@@ -361,7 +371,7 @@ mod tests {
         // A family without GPUs is not written.
         let mut state = node(vec![]);
         state.gpus = one_gpu();
-        let text = Metrics::default().encode(&state).unwrap();
+        let text = Metrics::default().encode(&state, Traffic::default()).unwrap();
         let mut described: Vec<String> = Vec::new();
         for line in text.lines().filter(|line| line.starts_with("# TYPE ")) {
             let mut words = line.split(' ').skip(2);
@@ -383,7 +393,8 @@ mod tests {
 
     #[test]
     fn gauges_are_those_of_the_state() {
-        let text = Metrics::default().encode(&node(vec![image("r/a:1", 7)])).unwrap();
+        let text =
+            Metrics::default().encode(&node(vec![image("r/a:1", 7)]), Traffic::default()).unwrap();
         for line in [
             "carport_images 1",
             "carport_store_free_bytes 600",
@@ -397,16 +408,11 @@ mod tests {
     }
 
     #[test]
-    fn a_pull_is_counted_once_with_all_its_bytes() {
+    fn a_pull_is_counted_once_and_bytes_as_the_puller_has_them() {
         let metrics = Metrics::default();
-        // 1000 bytes were here before.
-        let resumed = |fetched_bytes| {
-            let all = pull("r/a:1", 1000 + fetched_bytes, 1100);
-            PullProgress { fetched_bytes, ..all }
-        };
         let steps = [
-            vec![resumed(10), pull("r/b:1", 0, 0)],
-            vec![resumed(60), {
+            vec![pull("r/a:1", 10, 100), pull("r/b:1", 0, 0)],
+            vec![pull("r/a:1", 60, 100), {
                 let mut failed = pull("r/b:1", 5, 50);
                 failed.state = PullState::Failed { reason: "denied", message: "denied".into() };
                 failed
@@ -417,9 +423,12 @@ mod tests {
         // The failed one stays listed for a while, the other one has gone.
         metrics.pulls.observe(&steps[1], &steps[1][1..]);
         metrics.pulls.done(&steps[1][0]);
-        let text = metrics.encode(&node(vec![])).unwrap();
+        let traffic = |fetched_bytes| Traffic { fetched_bytes, skipped_bytes: 2 * fetched_bytes };
+        metrics.encode(&node(vec![]), traffic(50)).unwrap();
+        let text = metrics.encode(&node(vec![]), traffic(105)).unwrap();
         for line in [
             "carport_pull_bytes_total 105",
+            "carport_pull_skipped_bytes_total 210",
             "carport_pulls_total{result=\"done\"} 1",
             "carport_pulls_total{result=\"failed\"} 1",
             "carport_pull_failures_total{reason=\"denied\"} 1",
@@ -443,7 +452,7 @@ mod tests {
         ] {
             metrics.volumes.observe(&Call { operation, code, elapsed });
         }
-        let text = metrics.encode(&node(vec![])).unwrap();
+        let text = metrics.encode(&node(vec![]), Traffic::default()).unwrap();
         for line in [
             "carport_volume_calls_total{operation=\"publish\",code=\"OK\"} 1",
             "carport_volume_calls_total{operation=\"publish\",code=\"DEADLINE_EXCEEDED\"} 1",

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 
 use carport_image::pull::{PullProgress, PullState};
-use carport_image::store::StoredImage;
+use carport_image::store::{Fits, Held, Promised, Room, StoredImage};
 use carport_image::{Digest, Reference};
 
 use crate::state::{NodeState, Rates, host, in_flight};
@@ -139,20 +139,26 @@ pub fn score(eta: Option<Duration>) -> u32 {
     }
 }
 
-/// What images that no volume uses and nobody has pinned hold, less those of `keep`. Files that images share make this
-/// too high, so it is never more than the store holds.
-pub fn reclaimable_bytes(state: &NodeState, keep: &HashSet<Digest>) -> u64 {
+/// What pulls under way, also those of other processes, have still to bring, as far as known, and what is reserved but
+/// for `ours`. A pull has taken its reservation over.
+pub fn promised(
+    state: &NodeState,
+    pulls: &[PullProgress],
+    ours: impl Fn(&Reference) -> bool,
+) -> Promised {
     let now = SystemTime::now();
-    let kept = keep.iter().filter(|digest| state.is_idle(digest, now));
-    let kept = kept.filter_map(|digest| state.images.get(digest));
-    let kept: u64 = kept.map(|image| image.unpacked_bytes).sum();
-    let idle = state.idle_bytes.saturating_sub(kept);
-    (idle + state.usage.unused_bytes).min(state.usage.object_bytes)
-}
-
-/// Bytes that pulls under way have still to bring, as far as known, and those of reservations.
-pub fn reserved_bytes(state: &NodeState, pulls: &[PullProgress]) -> u64 {
-    pulls_bytes(pulls).saturating_add(state.reserved_bytes)
+    let taken_over = |name: &Reference| {
+        ours(name) || pulls.iter().any(|pull| in_flight(pull) && pull.reference == *name)
+    };
+    let reserved = state
+        .reservations
+        .iter()
+        .filter(|one| one.expires_at > now && !one.reference.as_ref().is_some_and(taken_over));
+    Promised {
+        // Those that are let in have leases, whosever they are; those that are not yet, progress.
+        pulls_bytes: pulls_bytes(pulls).max(state.room.taken.pulls_bytes),
+        reserved_bytes: reserved.fold(0, |sum, one| sum.saturating_add(one.bytes)),
+    }
 }
 
 /// Bytes that pulls under way have still to bring, as far as known.
@@ -161,18 +167,22 @@ pub fn pulls_bytes(pulls: &[PullProgress]) -> u64 {
 }
 
 fn fit(missing: u64, models: &[&Model<'_>], state: &NodeState, pulls: &[PullProgress]) -> Fit {
-    let keep: HashSet<Digest> = models.iter().filter_map(|model| model.digest).collect();
-    let reserved_bytes = reserved_bytes(state, pulls).saturating_sub(missing);
-    let needed = missing.saturating_add(reserved_bytes);
-    let free_bytes = state.usage.free_bytes;
-    let reclaimable_bytes = reclaimable_bytes(state, &keep);
-    // Nothing to bring fits, however full the disk is.
+    let now = SystemTime::now();
+    // What is asked for together must not go for each other.
+    let idle = models.iter().filter_map(|model| model.digest).filter(|d| state.is_idle(d, now));
+    let kept: u64 = idle.filter_map(|digest| state.evictable.get(&digest)).sum();
+    let evictable_bytes = state.evictable_bytes.saturating_sub(kept);
+    let ours = |name: &Reference| models.iter().any(|m| m.wanted.reference.as_ref() == Some(name));
+    let mut taken = promised(state, pulls, ours);
+    taken.pulls_bytes = taken.pulls_bytes.saturating_sub(missing);
+    let room = Room { taken, held: Held { evictable_bytes, ..state.room.held }, ..state.room };
+    let fits = room.fits(missing, &state.limits);
     Fit {
-        fits: missing == 0 || needed <= free_bytes.saturating_add(reclaimable_bytes),
-        fits_without_eviction: missing == 0 || needed <= free_bytes,
-        free_bytes,
-        reclaimable_bytes,
-        reserved_bytes,
+        fits: fits != Fits::No,
+        fits_without_eviction: fits == Fits::AsItIs,
+        free_bytes: room.space.free_bytes,
+        reclaimable_bytes: evictable_bytes.saturating_add(room.unused_bytes),
+        reserved_bytes: taken.pulls_bytes.saturating_add(taken.reserved_bytes),
     }
 }
 
@@ -231,6 +241,7 @@ fn at_rate(bytes: u64, bytes_per_second: f64) -> Option<Duration> {
 mod tests {
     use super::*;
     use crate::state::fixtures::{image, node, pin, pull, volume};
+    use carport_image::store::{Reservation, Space};
     use std::sync::Arc;
     use std::time::UNIX_EPOCH;
 
@@ -257,7 +268,7 @@ mod tests {
     #[test]
     fn what_is_here_needs_no_time_even_on_a_full_disk() {
         let mut state = node(vec![image("r/a:1", 500)]);
-        state.usage.free_bytes = 0;
+        state.room.space.free_bytes = 0;
         let answer = ask(&["r/a:1"], &state, &[]);
         assert_eq!((answer.missing_bytes, answer.eta), (Some(0), Some(Duration::ZERO)));
         assert!(answer.fit.unwrap().fits_without_eviction);
@@ -316,8 +327,7 @@ mod tests {
 
     #[test]
     fn room_is_what_is_free_then_what_nobody_uses() {
-        let mut state = node(vec![image("r/idle:1", 300)]);
-        state.usage.object_bytes = 300;
+        let state = node(vec![image("r/idle:1", 300)]);
         let fit = |missing| ask(&["r/a:1"], &state, &[pull("r/a:1", 0, missing)]).fit.unwrap();
         assert!(fit(600).fits_without_eviction);
         assert!(fit(900).fits && !fit(900).fits_without_eviction);
@@ -333,7 +343,9 @@ mod tests {
         pinned.pins.get_mut(&pin.image).unwrap()[0].expires_at = Some(UNIX_EPOCH);
         pinned.reckon();
         assert!(ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
-        pinned.reserved_bytes = 300;
+        // What is shared with others goes with them, and what has gone is not to be had again.
+        pinned.images.clear();
+        pinned.reckon();
         assert!(!ask(&["r/a:1"], &pinned, &pulls).fit.unwrap().fits);
         // A mounted image is not to be had.
         let digest = image("r/idle:1", 300).digest;
@@ -342,6 +354,64 @@ mod tests {
         mounted.reckon();
         let pulls = [pull("r/a:1", 0, 601)];
         assert!(!ask(&["r/a:1"], &mounted, &pulls).fit.unwrap().fits);
+    }
+
+    #[test]
+    fn what_is_asked_for_together_does_not_go_for_each_other() {
+        let state = node(vec![image("r/idle:1", 300)]);
+        let pulls = [pull("r/a:1", 0, 700)];
+        assert!(ask(&["r/a:1"], &state, &pulls).fit.unwrap().fits);
+        let both = ask(&["r/a:1", "r/idle:1"], &state, &pulls).fit.unwrap();
+        assert_eq!((both.fits, both.reclaimable_bytes), (false, 0));
+    }
+
+    #[test]
+    fn the_watermark_says_what_goes_without_eviction_and_what_nobody_uses_is_room() {
+        let mut state = node(vec![image("r/idle:1", 300)]);
+        state.limits.high = 0.9;
+        let fit = |state: &NodeState, missing| {
+            ask(&["r/a:1"], state, &[pull("r/a:1", 0, missing)]).fit.unwrap()
+        };
+        assert!(fit(&state, 500).fits_without_eviction);
+        assert!(fit(&state, 501).fits && !fit(&state, 501).fits_without_eviction);
+        state.room.unused_bytes = 50;
+        assert!(fit(&state, 550).fits_without_eviction);
+        assert!(fit(&state, 950).fits && !fit(&state, 951).fits);
+        // The quota is full before the disk is.
+        state.room.space = Space { limit_bytes: 400, used_bytes: 390, free_bytes: 10 };
+        assert!(!fit(&state, 361).fits && fit(&state, 360).fits);
+        assert_eq!(fit(&state, 1).free_bytes, 10);
+    }
+
+    #[test]
+    fn a_reservation_is_for_its_pull_until_its_time_is_over() {
+        let mut state = node(vec![]);
+        let hour = Duration::from_secs(3600);
+        let for_a = Reservation {
+            id: "job".into(),
+            owner: "scheduler".parse().unwrap(),
+            bytes: 300,
+            reference: Some("r/a:1".parse().unwrap()),
+            expires_at: SystemTime::now() + hour,
+        };
+        state.reservations = vec![for_a.clone()];
+        let pulls = [pull("r/a:1", 0, 400), pull("r/b:1", 0, 200)];
+        let fit = |state: &NodeState, name: &str, pulls: &[PullProgress]| {
+            let Fit { reserved_bytes, fits, .. } = ask(&[name], state, pulls).fit.unwrap();
+            (reserved_bytes, fits)
+        };
+        assert_eq!(fit(&state, "r/b:1", &pulls[1..]), (300, true));
+        assert_eq!(fit(&state, "r/b:1", &pulls), (400, true), "its pull has taken it over");
+        assert_eq!(fit(&state, "r/a:1", &pulls[..1]), (0, true), "it is for this one");
+        let large = [pull("r/b:1", 0, 301)];
+        assert_eq!(fit(&state, "r/b:1", &large), (300, false));
+        state.reservations[0].expires_at = SystemTime::now() - hour;
+        assert_eq!(fit(&state, "r/b:1", &large), (0, true));
+        // Another process pulls, too.
+        state.room.taken.pulls_bytes = 600;
+        assert_eq!(fit(&state, "r/b:1", &large), (299, true));
+        state.room.taken.pulls_bytes = 601;
+        assert_eq!(fit(&state, "r/b:1", &large), (300, false));
     }
 
     #[test]

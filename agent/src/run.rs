@@ -183,6 +183,7 @@ impl Agent {
             let api = api.clone();
             calls.start(|stop| async move { api.serve_tcp(tcp, stop).await });
         }
+        let registration = driver.as_ref().map(BoundDriver::registration);
         if let Some(driver) = driver {
             calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });
         }
@@ -225,6 +226,7 @@ impl Agent {
             puller: puller.clone(),
             state,
             phase: phase_seen,
+            registration,
             metrics,
         };
         rest.start(|stop| http::serve(http, pages, stop));

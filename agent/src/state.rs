@@ -15,7 +15,7 @@
 //!   the bytes of pulls under way, which are read live from the puller, and for readings: rates,
 //!   temperatures. That a pull begins, comes to another stage, or ends is a change.
 //! - **Changes are gathered.** However many events come, the store is read for a quarter of the time at
-//!   most, and its objects are walked at most every two seconds.
+//!   most, and its objects and trees are walked for a tenth of it, beside that.
 //!
 //! Other processes (`carport pull` on the same root) change the store, too: its directories
 //! are watched, and read again once a minute in case a watch was not to be had.
@@ -26,7 +26,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use carport_csi::volume::VolumeRecord;
 use carport_image::pull::{PullProgress, PullState};
-use carport_image::store::{Pin, RecordKind, Store, StoreError, StoredImage, Usage};
+use carport_image::store::{
+    Limits, Pin, RecordKind, Reservation, Room, Space, Store, StoreError, StoredImage, Usage,
+};
 use carport_image::{Digest, Reference};
 
 use crate::gpu::GpuInventory;
@@ -73,9 +75,16 @@ pub struct NodeState {
     /// Wishes that images stay, by image.
     pub pins: HashMap<Digest, Vec<Pin>>,
     /// Room that is kept free for somebody.
-    pub reserved_bytes: u64,
-    /// Unpacked bytes of images that no volume uses and nobody has pinned; see [`NodeState::reckon`].
-    pub idle_bytes: u64,
+    pub reservations: Vec<Reservation>,
+    /// What an admission would look at. What there is and what is promised is as new as this state; what images
+    /// hold, as the last walk of them.
+    pub room: Room,
+    /// Images that could be evicted at that walk, with what could not go without them.
+    pub evictable: Arc<BTreeMap<Digest, u64>>,
+    /// What of it could go still; see [`NodeState::reckon`].
+    pub evictable_bytes: u64,
+    /// What the store keeps to.
+    pub limits: Limits,
     /// The disk.
     pub usage: Usage,
     /// Pulls in flight when last looked at; [`NodeState::pulls`] has them as they are now.
@@ -99,7 +108,7 @@ struct Contents {
     references: HashMap<String, Digest>,
     volumes: HashMap<Digest, Vec<VolumeRecord>>,
     pins: HashMap<Digest, Vec<Pin>>,
-    reserved_bytes: u64,
+    reservations: Vec<Reservation>,
 }
 
 impl Contents {
@@ -112,7 +121,7 @@ impl Contents {
             references: HashMap::new(),
             volumes: HashMap::new(),
             pins: HashMap::new(),
-            reserved_bytes: store.reservations()?.iter().map(|one| one.bytes).sum(),
+            reservations: store.reservations()?,
         };
         for pin in store.pins()? {
             contents.pins.entry(pin.image).or_default().push(pin);
@@ -186,8 +195,11 @@ impl NodeState {
             references: HashMap::new(),
             volumes: HashMap::new(),
             pins: HashMap::new(),
-            reserved_bytes: 0,
-            idle_bytes: 0,
+            reservations: Vec::new(),
+            room: Room::default(),
+            evictable: Arc::default(),
+            evictable_bytes: 0,
+            limits: Limits::default(),
             usage: Usage::default(),
             pulls: Vec::new(),
             page_cache: Arc::default(),
@@ -227,12 +239,28 @@ impl NodeState {
         !self.volumes.contains_key(digest) && !self.is_pinned(digest, now)
     }
 
-    /// Sums up what every question asks for. After each change of images, volumes and pins; a pin whose time is
-    /// over is seen with the next one, within a minute.
+    /// Sums up what every question asks for. After each change of images, volumes and pins, and each walk. What is
+    /// in use, pinned or gone since the walk cannot go any more; what became idle since shows with the next one.
     pub(crate) fn reckon(&mut self) {
         let now = SystemTime::now();
-        let idle = self.images.values().filter(|image| self.is_idle(&image.digest, now));
-        self.idle_bytes = idle.map(|image| image.unpacked_bytes).sum();
+        let stays =
+            |digest: &Digest| !self.images.contains_key(digest) || !self.is_idle(digest, now);
+        let kept: u64 =
+            self.evictable.iter().filter(|(digest, _)| stays(digest)).map(|(_, bytes)| bytes).sum();
+        self.evictable_bytes = self.room.held.evictable_bytes.saturating_sub(kept);
+    }
+
+    /// Whether the next pull of any size would have images removed.
+    pub fn is_full(&self) -> bool {
+        let Space { limit_bytes, used_bytes, free_bytes } = self.room.space;
+        #[allow(clippy::cast_precision_loss)]
+        let part = used_bytes as f64 / limit_bytes.max(1) as f64;
+        part >= self.limits.high || free_bytes < limit_bytes / 20
+    }
+
+    /// What could be removed at once: images that nobody uses or has pinned, and what belongs to no image.
+    pub fn reclaimable_bytes(&self) -> u64 {
+        self.evictable_bytes.saturating_add(self.room.unused_bytes)
     }
 
     /// Whether somebody has wished at `now` that `digest` stays.
@@ -244,7 +272,8 @@ impl NodeState {
     /// Unpacked bytes of images that somebody has pinned.
     pub fn pinned_bytes(&self) -> u64 {
         let now = SystemTime::now();
-        let pinned = self.images.values().filter(|image| self.is_pinned(&image.digest, now));
+        let pinned = self.pins.keys().filter(|digest| self.is_pinned(digest, now));
+        let pinned = pinned.filter_map(|digest| self.images.get(digest));
         pinned.map(|image| image.unpacked_bytes).sum()
     }
 
@@ -338,7 +367,7 @@ pub(crate) mod fixtures {
         }
     }
 
-    /// A node with `images`, 1,000 bytes of disk and 600 of them free.
+    /// A node with `images`, all of them evictable, 1,000 bytes of disk and 600 of them free.
     pub(crate) fn node(images: Vec<StoredImage>) -> NodeState {
         let mut state = NodeState::empty(no_gpus());
         for image in images {
@@ -347,7 +376,12 @@ pub(crate) mod fixtures {
             }
             state.images.insert(image.digest, Arc::new(image));
         }
+        let evictable: BTreeMap<Digest, u64> =
+            state.images.values().map(|image| (image.digest, image.unpacked_bytes)).collect();
+        state.room.held.evictable_bytes = evictable.values().sum();
+        state.evictable = Arc::new(evictable);
         state.reckon();
+        state.room.space = Space { limit_bytes: 1_000, used_bytes: 400, free_bytes: 600 };
         state.usage.capacity_bytes = 1_000;
         state.usage.free_bytes = 600;
         state

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use carport_proto::carport::v1 as api;
 use carport_proto::client::connect;
 use carport_proto::csi::v1 as csi;
+use carport_proto::pluginregistration::v1 as registration;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::transport::Channel;
@@ -464,6 +465,21 @@ impl Node {
         let folder = self.kubelet().join("pods").join(uid).join("volumes/kubernetes.io~csi/model");
         std::fs::create_dir_all(&folder).expect("a pod's folder");
         Pod { volume_id: format!("csi-{uid}"), target: folder.join("mount") }
+    }
+
+    /// Says to the driver how its registration went, as the kubelet does; an `error` is that it did not.
+    ///
+    /// # Panics
+    ///
+    /// When nothing listens.
+    pub async fn register(&self, error: Option<&str>) {
+        let channel = connect(&self.registration_socket()).await.expect("the registration socket");
+        let status = registration::RegistrationStatus {
+            plugin_registered: error.is_none(),
+            error: error.unwrap_or_default().to_owned(),
+        };
+        let mut driver = registration::registration_client::RegistrationClient::new(channel);
+        driver.notify_registration_status(status).await.expect("an answer");
     }
 
     /// A client of the Node service.

@@ -222,7 +222,7 @@ fn probes_ask_the_port_that_the_agent_serves() {
     assert!(listen.ip().is_unspecified(), "the kubelet asks at the node's address");
     assert_eq!(named(&container["ports"], "http")["containerPort"], listen.port());
     for (probe, path) in
-        [("startupProbe", "/readyz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")]
+        [("startupProbe", "/healthz"), ("livenessProbe", "/healthz"), ("readinessProbe", "/readyz")]
     {
         let expected = json!({"path": path, "port": "http"});
         assert_eq!(container[probe]["httpGet"], expected, "{probe}");

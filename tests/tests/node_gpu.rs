@@ -141,6 +141,7 @@ async fn a_driver_that_hangs_or_is_not_there_keeps_nobody_waiting() {
     let Some(mut node) = Node::start_with(binary(), &[], Some(&hanging.library())) else { return };
     let inventory = node.json(&["gpus"]);
     assert_eq!(inventory["provider"]["state"], "stale", "{inventory}");
+    node.register(None).await;
     assert_eq!(node.page("/readyz").await.0, 200);
     let began = std::time::Instant::now();
     assert!(node.stop_agent().success());

@@ -267,10 +267,15 @@ async fn the_kubelet_finds_the_driver_and_its_calls_are_answered_as_csi_wants() 
     assert_eq!((info.r#type.as_str(), info.name.as_str()), ("CSIPlugin", "csi.carport.dev"));
     assert_eq!(Path::new(&info.endpoint), node.csi_socket());
     assert_eq!(info.supported_versions, ["1.0.0"]);
-    for plugin_registered in [true, true, false] {
-        let error = String::new();
-        let status = registration::RegistrationStatus { plugin_registered, error };
-        registrar.notify_registration_status(status).await.unwrap();
+    // The node is ready when the kubelet sends it volumes, and says why while it does not.
+    let (status, why) = node.page("/readyz").await;
+    assert!(status == 503 && why.contains("has not registered the CSI driver yet"), "{why}");
+    for error in [None, None, Some("plugin name is taken")] {
+        node.register(error).await;
+        let (status, why) = node.page("/readyz").await;
+        assert_eq!(status, if error.is_none() { 200 } else { 503 }, "{why}");
+        assert!(error.is_none_or(|error| why.contains(error)), "{why}");
+        assert_eq!(node.page("/healthz").await.0, 200, "a restart would not help");
     }
 
     let channel = connect(Path::new(&info.endpoint)).await.unwrap();
@@ -378,6 +383,7 @@ async fn a_target_with_something_on_it_is_left_as_it_is() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_door_tells_the_same_of_a_model() {
     let Some((_registry, node, image)) = node_with_model().await else { return };
+    node.register(None).await;
     for path in ["/healthz", "/readyz"] {
         assert_eq!(node.page(path).await.0, 200, "{path}");
     }

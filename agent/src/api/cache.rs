@@ -6,7 +6,7 @@
 use std::time::{Duration, SystemTime};
 
 use carport_image::Digest;
-use carport_image::store::{Owner, PinRequest, Reservation, StoreError};
+use carport_image::store::{Fits, Owner, PinRequest, Reservation, StoreError};
 use carport_proto::carport::v1;
 use carport_proto::carport::v1::cache_service_server::CacheService;
 use tonic::{Code, Request, Response, Status};
@@ -155,12 +155,11 @@ impl CacheService for Api {
             .await?;
         let reclaimable_bytes = room.held.evictable_bytes.saturating_add(room.unused_bytes);
         let reserved_bytes = room.taken.pulls_bytes.saturating_add(room.taken.reserved_bytes);
-        let needed = bytes.saturating_add(reserved_bytes);
-        let free_bytes = room.space.free_bytes;
+        let fits = room.fits(bytes, &self.puller.store().limits());
         let fit = v1::Fit {
-            fits: needed <= free_bytes.saturating_add(reclaimable_bytes),
-            fits_without_eviction: needed <= free_bytes,
-            free_bytes,
+            fits: fits != Fits::No,
+            fits_without_eviction: fits == Fits::AsItIs,
+            free_bytes: room.space.free_bytes,
             reclaimable_bytes,
             reserved_bytes,
         };

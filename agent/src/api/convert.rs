@@ -137,7 +137,7 @@ fn eviction_risk(image: &StoredImage, state: &NodeState, now: SystemTime) -> v1:
     let kept = state.mounts(&image.digest) > 0 || state.is_pinned(&image.digest, now);
     if kept {
         v1::EvictionRisk::None
-    } else if state.troubles.iter().any(|trouble| trouble.code == "DISK_PRESSURE") {
+    } else if state.is_full() {
         v1::EvictionRisk::High
     } else {
         v1::EvictionRisk::Low
@@ -202,17 +202,18 @@ pub fn gpu_match(found: Match) -> v1::GpuMatch {
 /// The disk.
 pub fn store(state: &NodeState, pulls: &[PullProgress]) -> v1::Store {
     let usage = &state.usage;
+    let promised = placement::promised(state, pulls, |_| false);
     v1::Store {
-        capacity_bytes: usage.capacity_bytes,
+        capacity_bytes: state.room.space.limit_bytes,
         used_bytes: usage.object_bytes,
-        free_bytes: usage.free_bytes,
+        free_bytes: state.room.space.free_bytes,
         pinned_bytes: state.pinned_bytes(),
         mounted_bytes: state.mounted_bytes(),
-        reclaimable_bytes: placement::reclaimable_bytes(state, &Default::default()),
+        reclaimable_bytes: state.reclaimable_bytes(),
         dedupe_saved_bytes: usage
             .image_bytes
             .saturating_sub(usage.object_bytes.saturating_sub(usage.unused_bytes)),
-        reserved_bytes: placement::reserved_bytes(state, pulls),
+        reserved_bytes: promised.pulls_bytes.saturating_add(promised.reserved_bytes),
     }
 }
 

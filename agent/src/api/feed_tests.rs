@@ -42,6 +42,8 @@ impl Bench {
     /// The node has these images now.
     fn hold(&self, names: &[&str]) {
         let mut next = node(names.iter().map(|name| image(name, 1)).collect());
+        // What could go changes with them, and would be told of the node each time.
+        next.evictable_bytes = self.state.borrow().evictable_bytes;
         let before = self.state.borrow().revision.clone();
         next.revision = Revision { sequence: before.sequence + 1, ..before };
         self.api.feed.tell_changes(&self.api, &next);

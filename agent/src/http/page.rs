@@ -74,8 +74,8 @@ fn summary(page: &mut String, phase: Phase, state: &NodeState) {
         "<p id=state>{words}; the store holds {} in {} files, {} are free of {}",
         size(usage.object_bytes),
         usage.objects,
-        size(usage.free_bytes),
-        size(usage.capacity_bytes)
+        size(state.room.space.free_bytes),
+        size(state.room.space.limit_bytes)
     );
     for trouble in &state.troubles {
         let _ = write!(page, "<p class=bad>{}: {}", trouble.code, Escaped(&trouble.message));

@@ -135,7 +135,7 @@ pub(super) mod tests {
         let metrics = Metrics::default();
         let mut state = node(vec![]);
         state.gpus = one_gpu();
-        let text = metrics.encode(&state).unwrap();
+        let text = metrics.encode(&state, Default::default()).unwrap();
         for line in [
             "carport_gpu_healthy{gpu=\"3\",UUID=\"GPU-a\"} 1.0",
             "carport_gpu_free{gpu=\"3\",UUID=\"GPU-a\"} 0.0",
@@ -147,7 +147,7 @@ pub(super) mod tests {
             assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
         }
         state.gpus = Arc::new(GpuInventory::none(ProviderState::NoDevices, "none"));
-        let text = metrics.encode(&state).unwrap();
+        let text = metrics.encode(&state, Default::default()).unwrap();
         assert!(!text.contains("GPU-a"), "{text}");
     }
 }

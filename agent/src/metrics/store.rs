@@ -7,7 +7,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
-use super::signed;
+use super::{raise, signed};
 
 /// Pins, reservations and evictions, as the watermark's task last saw them.
 #[derive(Debug)]
@@ -70,12 +70,8 @@ impl StoreMetrics {
         self.quota.set(signed(store.limits().quota_bytes.unwrap_or(0)));
         for reason in Reason::ALL {
             let (count, label) = (store.evictions(reason), ReasonLabel { reason: reason.as_str() });
-            let raise = |family: &Family<ReasonLabel, Counter>, to: u64| {
-                let counter = family.get_or_create(&label);
-                counter.inc_by(to.saturating_sub(counter.get()));
-            };
-            raise(&self.evictions, count.images);
-            raise(&self.evicted, count.bytes);
+            raise(&self.evictions.get_or_create(&label), count.images);
+            raise(&self.evicted.get_or_create(&label), count.bytes);
         }
         self.pins.set(signed(store.pins()?.len() as u64));
         let reserved =

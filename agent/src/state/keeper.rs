@@ -1,15 +1,16 @@
 //! Keeps the [`NodeState`] true.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use carport_csi::Volumes;
 use carport_image::pull::{PullProgress, PullState};
-use carport_image::store::{StoreError, Usage};
+use carport_image::store::{Promised, Space, Store, StoreError, Survey, Usage};
 use carport_image::{Digest, Puller, Reference};
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::{Notify, watch};
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
@@ -26,11 +27,15 @@ const SPACING: Duration = Duration::from_millis(20);
 const MAX_SPACING: Duration = Duration::from_secs(2);
 /// The store is read again after so long, whatever the watches say.
 const SAFETY_NET: Duration = Duration::from_secs(60);
-/// Walking the objects of a full store costs some tens of milliseconds: not more often than this.
-const USAGE_SPACING: Duration = Duration::from_secs(2);
+/// Walking all objects and trees of a full store costs some tenths of a second: not more often than this,
+const WALK_SPACING: Duration = Duration::from_secs(2);
+/// at most so small a part of the time while something happens,
+const WALK_PART: u32 = 10;
+/// and of the time in which nothing does but that time passes: what was just used may be evicted some minutes later.
+const IDLE_WALK_PART: u32 = 500;
 /// How often pulls under way are looked at for rates and counters.
 const SAMPLE: Duration = Duration::from_secs(1);
-/// Below this part of the disk a scheduler should look elsewhere.
+/// Below this part of the room a scheduler should look elsewhere.
 const DISK_PRESSURE_RATIO: f64 = 0.05;
 
 /// Keeps the node's state true, until it is told to stop.
@@ -70,11 +75,12 @@ impl Keeper {
         // Before the first reading, so that no change falls between the two.
         let watcher = watch_store(puller.store().root(), &dirty);
         let mut state = NodeState::empty(gpus.current());
-        let (contents, known, usage) = read(&puller, None, true).await?;
+        state.limits = puller.store().limits();
+        let mut walk = Some(start_walk(puller.store()));
+        state.adopt_walk(end(&mut walk).await?);
+        let (contents, known, standing) = read(&puller, None).await?;
+        (state.room.space, state.room.taken) = standing;
         state.adopt(contents);
-        if let Some(usage) = usage {
-            state.usage = usage;
-        }
         state.judge(None);
         let (state, receiver) = watch::channel(Arc::new(state));
         let keeper = Self {
@@ -107,9 +113,9 @@ impl Keeper {
         safety_net.tick().await;
         let mut page_cache = tokio::time::interval(page_cache::TURN);
         page_cache.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut walked = Instant::now();
+        let (mut walked, mut walk_took) = (Instant::now(), Duration::ZERO);
+        let (mut walk_due, mut walk): (bool, Option<Walk>) = (false, None);
         let (mut read, mut spacing) = (walked, SPACING);
-        let mut walk_due = false;
         loop {
             let busy = self.seen.iter().any(in_flight);
             let mut contents_due = false;
@@ -137,7 +143,7 @@ impl Keeper {
                     // Of pulls that failed the puller forgets without a word.
                     self.look_at_pulls().await;
                     contents_due = true;
-                    walk_due = true;
+                    walk_due |= walked.elapsed() >= IDLE_WALK_PART * walk_took;
                 }
                 // Nobody tells any more: no list is followed.
                 Ok(()) = self.prepull.changed() => {
@@ -147,22 +153,26 @@ impl Keeper {
                 gpus = self.gpus.changed() => self.publish(|state| state.gpus = gpus),
                 _ = page_cache.tick() => self.look_at_page_cache().await,
                 _ = sample.tick(), if busy => self.look_at_pulls().await,
-                () = tokio::time::sleep_until(walked + USAGE_SPACING), if walk_due => {
-                    contents_due = true;
+                () = tokio::time::sleep_until(walked + walk_spacing(walk_took)),
+                    if walk_due && walk.is_none() =>
+                {
+                    walk = Some(start_walk(self.puller.store()));
+                    (walk_due, walked) = (false, Instant::now());
+                }
+                found = end(&mut walk) => {
+                    walk = None;
+                    walk_took = walked.elapsed();
+                    walked = Instant::now();
+                    self.adopt_walk(found);
                 }
             }
             if contents_due {
                 tokio::time::sleep_until(read + spacing).await;
-                let walk = walk_due && walked.elapsed() >= USAGE_SPACING;
                 let begun = Instant::now();
-                self.read_store(walk).await;
+                self.read_store().await;
                 read = Instant::now();
                 // A quarter of the time, and the rest for others.
                 spacing = (3 * begun.elapsed()).clamp(SPACING, MAX_SPACING);
-                if walk {
-                    walked = Instant::now();
-                    walk_due = false;
-                }
             }
         }
     }
@@ -180,12 +190,15 @@ impl Keeper {
         self.seen = pulls;
         let on_their_way = self.on_their_way();
         let rates = Arc::new(self.rates.clone());
-        let free_bytes = free_bytes(self.puller.store().root().to_path_buf()).await;
+        let standing = standing(self.puller.store()).await;
         self.state.send_if_modified(|state| {
             let state = Arc::make_mut(state);
             state.rates = rates;
             state.pulls = on_their_way;
-            state.usage.free_bytes = free_bytes.unwrap_or(state.usage.free_bytes);
+            if let Some((space, taken, free_bytes)) = standing {
+                (state.room.space, state.room.taken) = (space, taken);
+                state.usage.free_bytes = free_bytes;
+            }
             if news {
                 state.revision.sequence += 1;
                 state.observed_at = SystemTime::now();
@@ -218,18 +231,29 @@ impl Keeper {
         running.chain(&self.gone).cloned().collect()
     }
 
-    async fn read_store(&mut self, walk: bool) {
-        match read(&self.puller, self.known.take(), walk).await {
-            Ok((contents, known, usage)) => {
+    fn adopt_walk(&self, found: Result<Walked, StoreError>) {
+        match found {
+            Ok(walked) => self.publish(|state| {
+                state.adopt_walk(walked);
+                state.judge(None);
+            }),
+            Err(error) => {
+                tracing::error!(%error, "walk the store");
+                self.publish(|state| state.judge(Some(&error)));
+            }
+        }
+    }
+
+    async fn read_store(&mut self) {
+        match read(&self.puller, self.known.take()).await {
+            Ok((contents, known, standing)) => {
                 self.known = Some(known);
                 let gone = std::mem::take(&mut self.gone);
                 let on_their_way = self.on_their_way();
                 self.publish(|state| {
+                    (state.room.space, state.room.taken) = standing;
                     state.adopt(contents);
                     state.pulls = on_their_way;
-                    if let Some(usage) = usage {
-                        state.usage = usage;
-                    }
                     state.judge(None);
                 });
                 self.count_ended(&gone);
@@ -247,14 +271,8 @@ impl Keeper {
         let state = self.state.borrow();
         for pull in gone {
             let digest = pull.digest.or_else(|| state.resolve(&pull.reference));
-            if let Some(image) = digest.and_then(|digest| state.images.get(&digest)) {
-                let mut pull = pull.clone();
-                if pull.total_bytes == 0 && image.pulled_at >= pull.started_at {
-                    // A quick one, last seen before its manifest was here; not one of an image
-                    // that was here before.
-                    pull.total_bytes = image.layers.iter().map(|layer| layer.size_bytes).sum();
-                }
-                self.metrics.pulls.done(&pull);
+            if digest.is_some_and(|digest| state.images.contains_key(&digest)) {
+                self.metrics.pulls.done(pull);
             }
         }
     }
@@ -276,12 +294,19 @@ impl Keeper {
 }
 
 impl NodeState {
+    fn adopt_walk(&mut self, (usage, survey): Walked) {
+        self.usage = usage;
+        (self.room.held, self.room.unused_bytes) = (survey.held, survey.unused_bytes);
+        self.evictable = Arc::new(survey.evictable);
+        self.reckon();
+    }
+
     fn adopt(&mut self, contents: Contents) {
         self.images = contents.images;
         self.references = contents.references;
         self.volumes = contents.volumes;
         self.pins = contents.pins;
-        self.reserved_bytes = contents.reserved_bytes;
+        self.reservations = contents.reservations;
         self.reckon();
     }
 
@@ -309,16 +334,18 @@ impl NodeState {
             self.troubles
                 .push(Trouble { code: "STORE_UNREADABLE", message: format!("the store: {error}") });
         }
-        let Usage { capacity_bytes, free_bytes, .. } = self.usage;
+        // A cache is full in the end: what can go at once is as good as free.
+        let free_bytes = self.room.space.free_bytes.saturating_add(self.reclaimable_bytes());
+        let limit_bytes = self.room.space.limit_bytes;
         #[allow(clippy::cast_precision_loss)]
-        let ratio = free_bytes as f64 / capacity_bytes.max(1) as f64;
-        if capacity_bytes > 0 && ratio < DISK_PRESSURE_RATIO {
+        let ratio = free_bytes as f64 / limit_bytes.max(1) as f64;
+        if limit_bytes > 0 && ratio < DISK_PRESSURE_RATIO {
             // Whole numbers only: a message that changes with every byte would be news for ever.
             self.troubles.push(Trouble {
                 code: "DISK_PRESSURE",
                 message: format!(
-                    "less than {:.0} % of the store's disk is free; remove images with `carport rm` \
-                     and `carport gc`, or enlarge the disk",
+                    "less than {:.0} % of the store's room is free or could be made free; unpin or remove \
+                     images (`carport unpin`, `carport rm`), raise store.quota, or enlarge the disk",
                     DISK_PRESSURE_RATIO * 100.0
                 ),
             });
@@ -331,8 +358,10 @@ impl NodeState {
             && self.references == other.references
             && self.volumes == other.volumes
             && self.pins == other.pins
-            && self.reserved_bytes == other.reserved_bytes
-            && self.idle_bytes == other.idle_bytes
+            && self.reservations == other.reservations
+            && self.evictable_bytes == other.evictable_bytes
+            && self.room.space == other.room.space
+            && self.room.unused_bytes == other.room.unused_bytes
             && self.usage == other.usage
             && self.troubles == other.troubles
             && same_gpus(&self.gpus, &other.gpus)
@@ -363,28 +392,55 @@ fn same_gpus(a: &GpuInventory, b: &GpuInventory) -> bool {
         && news(a) == news(b)
 }
 
-async fn read(
-    puller: &Puller,
-    before: Option<Known>,
-    walk: bool,
-) -> Result<(Contents, Known, Option<Usage>), StoreError> {
-    let store = puller.store().clone();
-    let read = move || {
-        let usage = if walk { Some(store.usage()?) } else { None };
-        let (contents, known) = Contents::read(&store, before.as_ref())?;
-        Ok((contents, known, usage))
-    };
-    match tokio::task::spawn_blocking(read).await {
-        Ok(result) => result,
-        // Only a panic in the store gets here; the store is then as unreadable as any.
-        Err(error) => Err(StoreError::Corrupt(format!("reading the store: {error}"))),
+type Walked = (Usage, Survey);
+type Walk = JoinHandle<Result<Walked, StoreError>>;
+
+/// Looks at all objects and trees, while the keeper goes on.
+fn start_walk(store: &Store) -> Walk {
+    let store = store.clone();
+    tokio::task::spawn_blocking(move || Ok((store.usage()?, store.survey()?)))
+}
+
+/// The end of a walk; of none it never comes.
+async fn end(walk: &mut Option<Walk>) -> Result<Walked, StoreError> {
+    match walk {
+        Some(walk) => walk.await.unwrap_or_else(|panic| Err(unreadable(&panic))),
+        None => std::future::pending().await,
     }
 }
 
-/// What this user can still write on the file system of `root`, as [`Usage`] has it.
-async fn free_bytes(root: PathBuf) -> Option<u64> {
-    let space = tokio::task::spawn_blocking(move || rustix::fs::statvfs(&root)).await.ok()?.ok()?;
-    Some(space.f_bavail.saturating_mul(space.f_frsize))
+async fn read(
+    puller: &Puller,
+    before: Option<Known>,
+) -> Result<(Contents, Known, (Space, Promised)), StoreError> {
+    let store = puller.store().clone();
+    let read = move || {
+        let (contents, known) = Contents::read(&store, before.as_ref())?;
+        Ok((contents, known, store.standing()?))
+    };
+    tokio::task::spawn_blocking(read).await.unwrap_or_else(|panic| Err(unreadable(&panic)))
+}
+
+/// Only a panic in the store gets here; the store is then as unreadable as any.
+fn unreadable(panic: &JoinError) -> StoreError {
+    StoreError::Corrupt(format!("reading the store: {panic}"))
+}
+
+/// What room there is and what is promised, and what this user can still write on the file system, as
+/// [`Usage`] has it.
+async fn standing(store: &Store) -> Option<(Space, Promised, u64)> {
+    let store = store.clone();
+    let look = move || {
+        let (space, promised) = store.standing().ok()?;
+        let disk = rustix::fs::statvfs(store.root()).ok()?;
+        Some((space, promised, disk.f_bavail.saturating_mul(disk.f_frsize)))
+    };
+    tokio::task::spawn_blocking(look).await.ok()?
+}
+
+/// From one walk that took so long to the next, while something happens.
+fn walk_spacing(took: Duration) -> Duration {
+    WALK_SPACING.max(WALK_PART * took)
 }
 
 /// Calls `dirty` when another process changes what the store holds.
@@ -433,6 +489,9 @@ mod tests {
         assert!(before.same(&after));
         after.usage.free_bytes += 1;
         assert!(!before.same(&after));
+        after = before.clone();
+        after.evictable_bytes += 1;
+        assert!(!before.same(&after));
         assert!(!before.same(&node(vec![])));
     }
 
@@ -449,7 +508,7 @@ mod tests {
             [EntryState::Ready, EntryState::NoRoom, EntryState::NoRoom].map(|s| entry("llama", s));
         let report = prepull::Report { error: Some("line 3".into()), entries: entries.into() };
         let mut state = node(vec![]);
-        state.usage.free_bytes = 49;
+        state.room.space.free_bytes = 49;
         state.judge(None);
         state.adopt_report(Arc::new(report));
         state.judge(None);
@@ -469,10 +528,14 @@ mod tests {
         let mut state = node(vec![]);
         state.judge(None);
         assert_eq!(codes(&state), [""; 0]);
-        state.usage.free_bytes = 49;
+        state.room.space.free_bytes = 49;
         state.judge(Some(&StoreError::Corrupt("refs: damaged".into())));
         assert_eq!(codes(&state), ["STORE_UNREADABLE", "DISK_PRESSURE"]);
-        state.usage.free_bytes = 50;
+        state.room.space.free_bytes = 50;
+        state.judge(None);
+        assert_eq!(codes(&state), [""; 0]);
+        // Full of what could go.
+        (state.room.space.free_bytes, state.evictable_bytes) = (0, 50);
         state.judge(None);
         assert_eq!(codes(&state), [""; 0]);
     }
