@@ -162,7 +162,7 @@ pub enum Command {
     /// dedupe_saved_bytes}, models: [{reference, digest, state, total_bytes, present_bytes,
     /// download_bytes, mount_count, pull: {done_bytes, total_bytes, bytes_per_second, eta_seconds},
     /// error}], gpus: as `carport gpus`}. What is not known is null.
-    Status,
+    Status(Remote),
     /// Show the GPUs, from the daemon or, where none runs, from NVML.
     ///
     /// `-o wide` has more columns and the parts of split GPUs.
@@ -249,6 +249,9 @@ pub enum Command {
         /// End when all that is there has been shown.
         #[arg(long)]
         once: bool,
+        /// Where the agent is.
+        #[command(flatten)]
+        remote: Remote,
     },
     /// Take images out of the store.
     ///
@@ -465,6 +468,9 @@ pub struct LocateArgs {
     /// A regular expression that the GPU's product name matches.
     #[arg(long, value_name = "REGEX", requires = "gpus")]
     pub gpu_product: Option<String>,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub remote: Remote,
 }
 
 /// Flags of `carport prefetch`.
@@ -485,6 +491,33 @@ pub struct PrefetchArgs {
     /// Take earlier prefetches of them back.
     #[arg(long, conflicts_with_all = ["priority", "pin", "warm"])]
     pub cancel: bool,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub remote: Remote,
+}
+
+/// An agent that serves its API over TCP (`api.tcp`). Files are PEM.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "For an agent over TCP")]
+pub struct Remote {
+    /// Ask the agent at this address, instead of the one behind the socket.
+    #[arg(long, env = "CARPORT_ADDRESS", value_name = "HOST:PORT", requires = "tls_ca")]
+    pub address: Option<String>,
+    /// The authorities that its certificate must come from.
+    #[arg(long, env = "CARPORT_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// The name in its certificate [default: the host].
+    #[arg(long, value_name = "NAME", requires = "address")]
+    pub tls_server_name: Option<String>,
+    /// One's own certificate, where it asks for one.
+    #[arg(long, env = "CARPORT_TLS_CERTIFICATE", value_name = "FILE", requires = "tls_key")]
+    pub tls_certificate: Option<PathBuf>,
+    /// Its key.
+    #[arg(long, env = "CARPORT_TLS_KEY", value_name = "FILE", requires = "tls_certificate")]
+    pub tls_key: Option<PathBuf>,
+    /// A file with one's token, where it asks for one.
+    #[arg(long, env = "CARPORT_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
 }
 
 impl Global {

@@ -120,12 +120,12 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Pins => pins::list(output, &config),
             Command::Mount(arguments) => mount::mount(&cli.global, config, arguments).await,
             Command::Umount { target } => mount::umount(output, &config, &target),
-            Command::Status => status::run(output, &config).await,
+            Command::Status(remote) => status::run(output, &config, &remote).await,
             Command::Gpus { topo } => gpus::run(output, topo, &config).await,
             Command::Locate(arguments) => locate::run(output, &config, arguments).await,
             Command::Prefetch(arguments) => prefetch::run(output, &config, arguments).await,
-            Command::Watch { references, once } => {
-                watch::run(output, &config, references, once).await
+            Command::Watch { references, once, remote } => {
+                watch::run(output, &config, references, once, &remote).await
             }
         }
     });

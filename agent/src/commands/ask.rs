@@ -1,14 +1,18 @@
 //! Asking the daemon, and its answers as they are printed.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::anyhow;
+use anyhow::{Context as _, anyhow};
 use carport_proto::carport::v1;
-use carport_proto::client;
+use carport_proto::client::{self, Bearer, Tls};
 use serde::Serialize;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
 use tonic::{Request, Status};
 
+use crate::cli::Remote;
 use crate::config::Config;
 
 /// A daemon answers from memory; one that takes longer is not well.
@@ -17,6 +21,43 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// A channel to the daemon.
 pub(super) async fn connect(config: &Config) -> Result<Channel, client::ConnectError> {
     client::connect(&config.api.socket).await
+}
+
+/// A channel to an agent, with the caller's token where there is one.
+pub(super) type Way = InterceptedService<Channel, Token>;
+
+/// What is sent with each call.
+#[derive(Clone)]
+pub(super) struct Token(Option<Bearer>);
+
+impl Interceptor for Token {
+    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        match &mut self.0 {
+            Some(bearer) => bearer.call(request),
+            None => Ok(request),
+        }
+    }
+}
+
+/// The agent over TCP that is named, or else the daemon of this node.
+pub(super) async fn reach(config: &Config, remote: &Remote) -> anyhow::Result<Way> {
+    let (Some(address), Some(ca)) = (&remote.address, &remote.tls_ca) else {
+        return Ok(InterceptedService::new(connect(config).await?, Token(None)));
+    };
+    let tls = Tls {
+        ca: ca.clone(),
+        identity: remote.tls_certificate.clone().zip(remote.tls_key.clone()),
+        server_name: remote.tls_server_name.clone(),
+    };
+    let channel = client::connect_tls(address, &tls)?;
+    let bearer = |path: &PathBuf| {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("read the token in {}", path.display()))?;
+        Bearer::new(text.trim())
+            .with_context(|| format!("{}: write one line, the token", path.display()))
+    };
+    let bearer = remote.token_file.as_ref().map(bearer).transpose()?;
+    Ok(InterceptedService::new(channel, Token(bearer)))
 }
 
 /// A request with a deadline.
@@ -30,10 +71,24 @@ pub(super) fn request<T>(message: T) -> Request<T> {
 pub(super) fn refused(status: &Status) -> anyhow::Error {
     match status.code() {
         tonic::Code::Unavailable | tonic::Code::DeadlineExceeded => {
-            anyhow!("ask the agent: {}; see its log", status.message())
+            anyhow!("ask the agent: {}; see its log", because(status))
         }
         _ => anyhow!("{}", status.message()),
     }
+}
+
+/// The status and what caused it: a connection that was refused says so at the end of the chain.
+fn because(status: &Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        let why = error.to_string();
+        if !text.contains(&why) {
+            text = format!("{text}: {why}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// One model on a node.

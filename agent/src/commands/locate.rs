@@ -71,8 +71,8 @@ pub(super) async fn run(
     });
     let models = arguments.references.into_iter().map(model_ref).collect();
     let question = v1::EvaluatePlacementRequest { models, gpu, ..Default::default() };
-    let channel = ask::connect(config).await?;
-    let mut client = LocalityServiceClient::new(channel);
+    let way = ask::reach(config, &arguments.remote).await?;
+    let mut client = LocalityServiceClient::new(way);
     let answer = client.evaluate_placement(ask::request(question)).await;
     let answer = answer.map_err(|status| ask::refused(&status))?.into_inner();
     let nodes: Vec<Node> = answer.nodes.into_iter().map(Node::from).collect();

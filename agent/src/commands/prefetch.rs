@@ -15,7 +15,7 @@ pub(super) async fn run(
     config: &Config,
     arguments: PrefetchArgs,
 ) -> anyhow::Result<()> {
-    let mut client = CacheServiceClient::new(ask::connect(config).await?);
+    let mut client = CacheServiceClient::new(ask::reach(config, &arguments.remote).await?);
     let pin_ttl = arguments.pin.map(prost_types::Duration::try_from).transpose()?;
     let (mut models, mut failures) = (Vec::new(), Failures(Vec::new()));
     for reference in arguments.references {

@@ -3,11 +3,10 @@
 use carport_proto::carport::v1;
 use carport_proto::carport::v1::locality_service_client::LocalityServiceClient;
 use serde::Serialize;
-use tonic::transport::Channel;
 
-use super::ask::{self, Model, Reason};
+use super::ask::{self, Model, Reason, Way};
 use crate::api::gpu::from_wire;
-use crate::cli::Output;
+use crate::cli::{Output, Remote};
 use crate::config::Config;
 use crate::gpu::{GpuInventory, table as gpu_table};
 use crate::output::{print, size, table};
@@ -36,8 +35,8 @@ struct Store {
     dedupe_saved_bytes: u64,
 }
 
-pub(super) async fn run(output: Output, config: &Config) -> anyhow::Result<()> {
-    let mut client = LocalityServiceClient::new(ask::connect(config).await?);
+pub(super) async fn run(output: Output, config: &Config, remote: &Remote) -> anyhow::Result<()> {
+    let mut client = LocalityServiceClient::new(ask::reach(config, remote).await?);
     let node = client.get_node(ask::request(v1::GetNodeRequest::default())).await;
     let node = node.map_err(|status| ask::refused(&status))?.into_inner();
     let state = ask::name(node.state().as_str_name(), "NODE_STATE_");
@@ -66,7 +65,7 @@ pub(super) async fn run(output: Output, config: &Config) -> anyhow::Result<()> {
 }
 
 /// All models, page by page.
-async fn models(client: &mut LocalityServiceClient<Channel>) -> anyhow::Result<Vec<Model>> {
+async fn models(client: &mut LocalityServiceClient<Way>) -> anyhow::Result<Vec<Model>> {
     let mut models = Vec::new();
     let mut page_token = String::new();
     loop {

@@ -12,7 +12,7 @@ use tonic::Code;
 
 use super::ask::{self, Model};
 use super::locate::model_ref;
-use crate::cli::Output;
+use crate::cli::{Output, Remote};
 use crate::config::Config;
 
 /// From a watch that broke to the next try.
@@ -33,8 +33,9 @@ pub(super) async fn run(
     config: &Config,
     references: Vec<String>,
     once: bool,
+    remote: &Remote,
 ) -> anyhow::Result<()> {
-    let mut client = LocalityServiceClient::new(ask::connect(config).await?);
+    let mut client = LocalityServiceClient::new(ask::reach(config, remote).await?);
     let mut request = v1::WatchRequest {
         models: references.into_iter().map(model_ref).collect(),
         include_gpus: true,

@@ -123,3 +123,30 @@ fn the_agent_brings_the_store_below_its_watermark_and_says_why_each_image_went()
     assert!(stored(&home).contains(&a));
     agent.terminate();
 }
+
+#[test]
+fn the_agent_tells_of_room_what_the_store_admits() {
+    let home = Home::new();
+    with_quota(&home, "1MiB");
+    let [a, b] = [("aa", 400_000), ("bb", 300_000)].map(|(name, bytes)| model(&home, name, bytes));
+    home.json(&["pull", &a, &b]);
+    home.json(&["pin", &a]);
+    let agent = home.agent(&[]);
+    let store = home.json(&["status"])["store"].clone();
+    assert_eq!(
+        (&store["capacity_bytes"], &store["used_bytes"]),
+        (&(1 << 20).into(), &704_512.into())
+    );
+    assert_eq!(store["free_bytes"], (1 << 20) - 704_512, "of the quota, not of the disk");
+    assert_eq!(store["reclaimable_bytes"], 303_104, "what is pinned is not to be had");
+    home.json(&["pin", &b]);
+    let told = |bytes: u64| {
+        eventually("what could go", || {
+            (home.json(&["status"])["store"]["reclaimable_bytes"] == bytes).then_some(())
+        });
+    };
+    told(0);
+    home.json(&["unpin", &a]);
+    told(401_408);
+    agent.terminate();
+}

@@ -10,7 +10,7 @@ use carport_proto::client::{Bearer, Tls, connect_tls};
 use tonic::Code;
 use tonic::transport::Channel;
 
-use crate::support::{Agent, Home};
+use crate::support::{Agent, Home, eventually, stdout};
 
 fn openssl(folder: &Path, arguments: &str) {
     let output =
@@ -138,6 +138,33 @@ async fn a_token_lets_in_as_far_as_it_says() {
         let answer = cache.evict(v1::EvictRequest::default()).await;
         assert_eq!(answer.unwrap_err().code(), writes, "{token}");
     }
+    // The commands come that way, too.
+    let ca = folder.join("ca.crt").display().to_string();
+    let [reader, writer, stranger] = ["reader", "writer", "stranger"].map(|name| {
+        std::fs::write(folder.join(name), format!("{name}-0123456789\n")).unwrap();
+        folder.join(name).display().to_string()
+    });
+    let over = |token, command: &[_]| {
+        let more: [&str; 6] = ["--address", &address, "--tls-ca", &ca, "--token-file", token];
+        [command, &more].concat()
+    };
+    let named = home.image("a", &[("w.bin", "12345")]);
+    tokio::task::block_in_place(|| {
+        assert_eq!(home.json(&over(&reader, &["status"]))["node_name"], "node-1");
+        home.fails(&over(&stranger, &["status"]));
+        home.fails(&over(&reader, &["prefetch", &named]));
+        let asked = home.json(&over(&writer, &["prefetch", &named]));
+        assert_eq!(asked[0]["reference"], named.as_str());
+        eventually("the model", || {
+            let located = home.json(&over(&reader, &["locate", &named]));
+            (located[0]["score"] == 100).then_some(())
+        });
+        let watched = stdout(&home.run(&over(&reader, &["watch", "--once"])));
+        assert!(watched.ends_with("synced\n") && watched.contains(&named), "{watched}");
+        let nobody = ["status", "--address", "127.0.0.1:9", "--tls-ca", &ca];
+        let error = home.fails(&nobody);
+        assert!(error.contains("onnection refused"), "{error}");
+    });
     // Without TLS nothing is said at all.
     let port = address.rsplit(':').next().unwrap().to_string();
     let plain = std::net::TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
