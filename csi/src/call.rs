@@ -144,7 +144,8 @@ impl Drop for Report {
     }
 }
 
-fn shown(text: &str) -> String {
+/// What a caller named, cut to what a line of a log takes.
+pub(crate) fn shown(text: &str) -> String {
     text.chars().take(MAX_SHOWN_CHARS).collect()
 }
 

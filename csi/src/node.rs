@@ -29,8 +29,9 @@ use carport_proto::csi::v1::{
 };
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
+use tracing::Instrument as _;
 
-use crate::call::{Observer, Operation, Report};
+use crate::call::{Observer, Operation, Report, shown};
 use crate::deadline::deadline;
 use crate::driver::{DriverConfig, TokenLogin};
 use crate::mount::MountError;
@@ -72,7 +73,8 @@ impl Node for NodeService {
         let request = request.into_inner();
         let (volume, target) = (&request.volume_id, &request.target_path);
         let mut report = Report::begin(Operation::Publish, volume, target, &self.observer);
-        let outcome = self.publish(&request, deadline, &mut report).await;
+        let span = tracing::info_span!("publish", volume = shown(volume));
+        let outcome = self.publish(&request, deadline, &mut report).instrument(span).await;
         report.end(outcome).map(|()| Response::new(NodePublishVolumeResponse {}))
     }
 

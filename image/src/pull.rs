@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
 use crate::digest::Digest;
 use crate::manifest::ManifestError;
@@ -351,6 +352,8 @@ impl Puller {
         let (inner, priority) = (Arc::clone(&self.inner), request.priority);
         let flight = self.inner.images.join(&key, |stop| {
             let entry = inner.board.enter(&request.reference, request.priority);
+            // What is logged on its way says which pull it was.
+            let span = tracing::info_span!("pull", reference = %request.reference);
             let (inner, shown) = (Arc::clone(&inner), Arc::clone(&entry));
             let work = async move {
                 let _tracked = inner.tasks.token();
@@ -358,7 +361,7 @@ impl Puller {
                 inner.board.leave(&shown, &outcome);
                 outcome
             };
-            (entry, work)
+            (entry, work.instrument(span))
         });
         if flight.state.raise(priority) {
             self.inner.slots.dispatch();

@@ -1,6 +1,7 @@
 //! Starting, stopping, being killed, being refused.
 
 use rustix::process::Signal;
+use serde_json::{Value, json};
 
 use crate::support::{Home, is_root, names, stderr, stdout};
 
@@ -133,4 +134,16 @@ fn the_driver_s_sockets_come_and_go() {
     agent.terminate();
     assert_eq!(names(&registration), [""; 0]);
     assert_eq!(names(&kubelet.join("plugins/csi.carport.dev")), [""; 0]);
+}
+
+#[test]
+fn what_is_logged_in_a_pull_names_it() {
+    let home = Home::new();
+    let reference = home.image("a", &[("weights.bin", "12345")]);
+    let output = home.run(&["pull", &reference, "--log-level", "info", "--log-format", "json"]);
+    let text = stderr(&output);
+    let lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let spans: Vec<Value> = lines.map(|line| line["span"].clone()).collect();
+    let expected = json!({"name": "pull", "reference": reference});
+    assert!(spans.contains(&expected), "{text}");
 }

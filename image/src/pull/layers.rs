@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use super::flight::{Flight, Flights};
 use super::meter::Meter;
@@ -88,7 +89,8 @@ impl Inner {
                     shown.meter.begin_again();
                 }
             };
-            (state, work)
+            // Of several pulls that wait for it the log names the first.
+            (state, work.in_current_span())
         })
     }
 
