@@ -33,6 +33,8 @@ const WALK_SPACING: Duration = Duration::from_secs(2);
 const WALK_PART: u32 = 10;
 /// and of the time in which nothing does but that time passes: what was just used may be evicted some minutes later.
 const IDLE_WALK_PART: u32 = 500;
+/// A smaller change than this part of all room is told with the next walk: every file that anybody writes is one.
+const ROOM_PARTS: u64 = 1000;
 /// How often pulls under way are looked at for rates and counters.
 const SAMPLE: Duration = Duration::from_secs(1);
 /// Below this part of the room a scheduler should look elsewhere.
@@ -79,7 +81,7 @@ impl Keeper {
         let mut walk = Some(start_walk(puller.store()));
         state.adopt_walk(end(&mut walk).await?);
         let (contents, known, standing) = read(&puller, None).await?;
-        (state.room.space, state.room.taken) = standing;
+        state.adopt_standing(standing);
         state.adopt(contents);
         state.judge(None);
         let (state, receiver) = watch::channel(Arc::new(state));
@@ -251,7 +253,7 @@ impl Keeper {
                 let gone = std::mem::take(&mut self.gone);
                 let on_their_way = self.on_their_way();
                 self.publish(|state| {
-                    (state.room.space, state.room.taken) = standing;
+                    state.adopt_standing(standing);
                     state.adopt(contents);
                     state.pulls = on_their_way;
                     state.judge(None);
@@ -294,8 +296,19 @@ impl Keeper {
 }
 
 impl NodeState {
-    fn adopt_walk(&mut self, (usage, survey): Walked) {
+    fn adopt_standing(&mut self, (space, taken): (Space, Promised)) {
+        self.room.taken = taken;
+        let before = self.room.space;
+        let moved = before.free_bytes.abs_diff(space.free_bytes);
+        if moved.max(before.used_bytes.abs_diff(space.used_bytes)) > space.limit_bytes / ROOM_PARTS
+        {
+            self.room.space = space;
+        }
+    }
+
+    fn adopt_walk(&mut self, (usage, survey, space): Walked) {
         self.usage = usage;
+        self.room.space = space;
         (self.room.held, self.room.unused_bytes) = (survey.held, survey.unused_bytes);
         self.evictable = Arc::new(survey.evictable);
         self.reckon();
@@ -392,13 +405,13 @@ fn same_gpus(a: &GpuInventory, b: &GpuInventory) -> bool {
         && news(a) == news(b)
 }
 
-type Walked = (Usage, Survey);
+type Walked = (Usage, Survey, Space);
 type Walk = JoinHandle<Result<Walked, StoreError>>;
 
 /// Looks at all objects and trees, while the keeper goes on.
 fn start_walk(store: &Store) -> Walk {
     let store = store.clone();
-    tokio::task::spawn_blocking(move || Ok((store.usage()?, store.survey()?)))
+    tokio::task::spawn_blocking(move || Ok((store.usage()?, store.survey()?, store.space()?)))
 }
 
 /// The end of a walk; of none it never comes.
@@ -493,6 +506,21 @@ mod tests {
         after.evictable_bytes += 1;
         assert!(!before.same(&after));
         assert!(!before.same(&node(vec![])));
+    }
+
+    #[test]
+    fn what_others_write_is_no_news_until_it_is_much() {
+        let mut state = node(vec![]);
+        let before = state.clone();
+        let space = |used_bytes| Space { limit_bytes: 1_000_000, used_bytes, free_bytes: 0 };
+        state.room.space = space(0);
+        let taken = Promised { pulls_bytes: 7, reserved_bytes: 0 };
+        state.adopt_standing((space(1_000), taken));
+        assert_eq!((state.room.space, state.room.taken), (space(0), taken));
+        state.adopt_standing((space(1_001), taken));
+        assert_eq!(state.room.space, space(1_001));
+        state.room.space = before.room.space;
+        assert!(before.same(&state), "promises of pulls move with their bytes");
     }
 
     #[test]
