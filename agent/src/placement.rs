@@ -2,7 +2,6 @@
 //!
 //! Plain values in, plain values out; which GPUs match is in [`gpus`], the wire in [`crate::api`].
 
-use std::collections::HashSet;
 use std::time::{Duration, SystemTime};
 
 use carport_image::pull::{PullProgress, PullState};
@@ -60,6 +59,13 @@ impl<'a> Model<'a> {
         Self { wanted, digest, image, pull }
     }
 
+    fn is_same(&self, other: &Self) -> bool {
+        match (self.digest, other.digest) {
+            (None, None) => self.wanted.reference == other.wanted.reference,
+            (ours, theirs) => ours == theirs,
+        }
+    }
+
     /// Whether the node has ever heard of it.
     pub fn is_known(&self) -> bool {
         self.image.is_some() || self.pull.is_some_and(|pull| pull.digest.is_some())
@@ -107,16 +113,13 @@ pub struct Fit {
 
 /// Evaluates `models` together.
 pub fn evaluate(models: &[Model<'_>], state: &NodeState, pulls: &[PullProgress]) -> Evaluation {
-    let mut seen = HashSet::new();
-    let distinct: Vec<&Model<'_>> = models
-        .iter()
-        .filter(|model| match model.digest {
-            Some(digest) => seen.insert(digest.to_string()),
-            None => seen.insert(
-                model.wanted.reference.as_ref().map(ToString::to_string).unwrap_or_default(),
-            ),
-        })
-        .collect();
+    // A handful: comparing them costs less than a set.
+    let mut distinct: Vec<&Model<'_>> = Vec::with_capacity(models.len());
+    for model in models {
+        if !distinct.iter().any(|other| other.is_same(model)) {
+            distinct.push(model);
+        }
+    }
     let missing_bytes = distinct.iter().map(|model| model.missing_bytes()).sum::<Option<u64>>();
     let longest = |pick: fn(Eta) -> Duration| {
         let each = distinct.iter().map(|model| match model.image {
