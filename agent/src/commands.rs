@@ -6,7 +6,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use carport_image::source::Sources;
 use carport_image::{Puller, Store};
 
 use crate::cli::{Cli, Command};
@@ -144,7 +143,7 @@ fn open_store(config: &Config) -> anyhow::Result<Store> {
 
 fn open_puller(config: &Config) -> anyhow::Result<Puller> {
     config.check()?;
-    let sources = Sources::new(config.registry_options())?;
+    let sources = config.sources()?;
     let puller = Puller::new(open_store(config)?, sources, config.pull_options());
     puller.set_bandwidth(config.bandwidth());
     Ok(puller)

@@ -19,8 +19,10 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use carport_csi::TokenLogin;
+use carport_image::Runtime;
 use carport_image::pull::{AccessCheck, Bandwidth, PullOptions, RegistryAway};
-use carport_image::source::RegistryOptions;
+use carport_image::runtime::{Namespace, RuntimeOptions};
+use carport_image::source::{RegistryOptions, SourceError, Sources};
 use carport_image::store::Limits;
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +54,8 @@ pub struct Config {
     pub csi: Csi,
     /// How registries are spoken to.
     pub registries: Registries,
+    /// The node's container runtime, whose images need not be fetched.
+    pub runtime: ContainerRuntime,
     /// How images are pulled.
     pub pull: Pull,
     /// What is pulled without being asked.
@@ -207,6 +211,28 @@ pub struct Registries {
     pub connections: usize,
 }
 
+/// The node's container runtime.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct ContainerRuntime {
+    /// containerd.
+    pub containerd: Containerd,
+}
+
+/// containerd, and what of it is used.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Containerd {
+    /// Whether it is asked at all.
+    pub enabled: bool,
+    /// Its gRPC socket, which need not exist.
+    #[serde(deserialize_with = "text::socket_path")]
+    pub socket: PathBuf,
+    /// The namespaces whose blobs are used, in the order in which they are asked.
+    #[serde(serialize_with = "text::write_namespaces", deserialize_with = "text::namespaces")]
+    pub namespaces: Vec<Namespace>,
+}
+
 /// How images are pulled.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -312,6 +338,7 @@ impl Default for Config {
             http: Http::default(),
             csi: Csi { enabled: home == Home::System, ..Csi::default() },
             registries: Registries::default(),
+            runtime: ContainerRuntime::default(),
             pull: Pull::default(),
             prepull: Prepull::default(),
             gpu: Gpu::default(),
@@ -382,6 +409,18 @@ impl Default for Registries {
             read_timeout: Duration::from_secs(60),
             // Two layers at four connections, and as much again for a second pull.
             connections: 16,
+        }
+    }
+}
+
+impl Default for Containerd {
+    fn default() -> Self {
+        Self {
+            // Its socket is root's.
+            enabled: Home::of_this_user() == Home::System,
+            socket: "/run/containerd/containerd.sock".into(),
+            // The kubelet's.
+            namespaces: Namespace::parse("k8s.io").into_iter().collect(),
         }
     }
 }
@@ -508,6 +547,20 @@ impl Config {
     fn csi_registration_socket(&self) -> PathBuf {
         let name = format!("{}-reg.sock", self.csi.driver_name);
         self.csi.kubelet_dir.join("plugins_registry").join(name)
+    }
+
+    /// The places that pulls come from, the container runtime among them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sources::new`].
+    pub fn sources(&self) -> Result<Sources, SourceError> {
+        let sources = Sources::new(self.registry_options())?;
+        let Containerd { enabled, socket, namespaces } = self.runtime.containerd.clone();
+        Ok(match enabled {
+            true => sources.with_runtime(Runtime::new(RuntimeOptions { socket, namespaces })),
+            false => sources,
+        })
     }
 
     /// What `carport-image` wants to know of it.

@@ -25,6 +25,7 @@ use crate::prepull::{EntryReport, EntryState};
 use crate::state::{NodeState, in_flight, same_pull};
 
 mod gpus;
+mod runtime;
 mod scrub;
 mod store;
 mod volumes;
@@ -32,6 +33,7 @@ mod volumes;
 use gpus::GpuMetrics;
 #[cfg(test)]
 pub(crate) use gpus::tests::one_gpu;
+pub use runtime::RuntimeMetrics;
 pub use scrub::ScrubMetrics;
 pub use store::StoreMetrics;
 pub use volumes::VolumeMetrics;
@@ -56,6 +58,8 @@ pub struct Metrics {
     pub store: StoreMetrics,
     /// The scrub.
     pub scrub: ScrubMetrics,
+    /// What came from the container runtime.
+    pub runtime: RuntimeMetrics,
 }
 
 /// Pulls of this agent, whoever asked for them.
@@ -161,8 +165,19 @@ impl Default for Metrics {
         let volumes = VolumeMetrics::new(&mut registry);
         let store = StoreMetrics::new(&mut registry);
         let scrub = ScrubMetrics::new(&mut registry);
+        let runtime = RuntimeMetrics::new(&mut registry);
         let node = NodeMetrics::new(&mut registry);
-        Self { registry, node, scrape: Mutex::default(), pulls, prepull, volumes, store, scrub }
+        Self {
+            registry,
+            node,
+            scrape: Mutex::default(),
+            pulls,
+            prepull,
+            volumes,
+            store,
+            scrub,
+            runtime,
+        }
     }
 }
 

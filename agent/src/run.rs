@@ -21,7 +21,6 @@ use anyhow::Context as _;
 use carport_csi::mount::KernelMounter;
 use carport_csi::volume::LayoutFolders;
 use carport_csi::{BoundDriver, Driver, DriverConfig, Volumes};
-use carport_image::source::Sources;
 use carport_image::{Puller, Store};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -105,7 +104,7 @@ impl Agent {
         let root = config.root.clone();
         let store = tokio::task::spawn_blocking(move || Store::open(root)).await??;
         let store = store.with_limits(config.limits());
-        let sources = Sources::new(config.registry_options())?;
+        let sources = config.sources()?;
         let puller = Puller::new(store, sources, config.pull_options());
         puller.set_bandwidth(config.bandwidth());
         let layouts = LayoutFolders::new(&config.csi.layout_folders);

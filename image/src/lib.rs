@@ -19,6 +19,7 @@ pub mod manifest;
 pub mod pack;
 pub mod pull;
 pub mod reference;
+pub mod runtime;
 pub mod source;
 pub mod store;
 #[cfg(test)]
@@ -28,4 +29,5 @@ pub mod tree;
 pub use digest::{Digest, ObjectId};
 pub use pull::{PullError, Puller};
 pub use reference::Reference;
+pub use runtime::Runtime;
 pub use store::Store;

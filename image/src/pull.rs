@@ -31,6 +31,7 @@ use crate::digest::Digest;
 use crate::manifest::ManifestError;
 pub use crate::manifest::Platform;
 use crate::reference::Reference;
+use crate::runtime::Runtime;
 use crate::source::{PullSecret, SourceError, Sources};
 use crate::store::{PinRequest, Sizes, Store, StoreError, StoredImage};
 
@@ -337,6 +338,11 @@ impl Puller {
     /// The store that images go to.
     pub fn store(&self) -> &Store {
         &self.inner.store
+    }
+
+    /// The container runtime that layers are taken from, where there is one.
+    pub fn runtime(&self) -> Option<&Runtime> {
+        self.inner.sources.runtime()
     }
 
     /// Joins the same pull in flight, or starts one. Needs a Tokio runtime.

@@ -1,7 +1,8 @@
 //! Where bytes come from: the edge of the world on the reading side.
 //!
 //! A [`Source`] is one image repository at one place: a registry repository
-//! ([`registry`]), an OCI layout folder ([`layout`]) or an archive. It hands out manifests
+//! ([`registry`]), an OCI layout folder ([`layout`]) or an archive; before a registry may stand the
+//! node's container runtime ([`crate::runtime`]). A source hands out manifests
 //! and ranges of blobs *unverified*; whoever asks checks length and digest.
 //! Every implementation passes the same conformance suite.
 //!
@@ -18,13 +19,16 @@ use futures_util::stream::BoxStream;
 
 use crate::digest::Digest;
 use crate::reference::{LayoutForm, LayoutReference, Reference};
+use crate::runtime::Runtime;
 use archive::DockerArchive;
 use registry::RegistryClient;
+use runtime::RuntimeFirst;
 
 mod archive;
 pub mod layout;
 mod part;
 pub mod registry;
+mod runtime;
 
 pub use layout::LayoutSource;
 pub use registry::{PullSecret, RegistryOptions, RegistrySource};
@@ -73,9 +77,9 @@ pub trait Source: Send + Sync {
         false
     }
 
-    /// Takes note that a blob turned out wrong: places that served one and are not the
-    /// authority are not asked again. True when the next request goes elsewhere.
-    fn distrust(&self) -> bool {
+    /// Takes note that a blob turned out wrong: places that served it and are not the
+    /// authority are not asked for it again. True when the next request goes elsewhere.
+    fn distrust(&self, _blob: &Digest) -> bool {
         false
     }
 }
@@ -138,6 +142,9 @@ pub struct BlobBody {
     /// Whether the source serves ranges: the stream then ends where the range does,
     /// else it goes on to the end of the blob.
     pub ranged: bool,
+    /// Whether the node had the bytes before, somewhere else than in the store, whatever the source
+    /// is: they cost the network nothing, and are not counted as fetched.
+    pub is_here: bool,
     /// Chunks of any size, in order.
     pub stream: BoxStream<'static, Result<Bytes, SourceError>>,
 }
@@ -180,6 +187,7 @@ impl SourceError {
 #[derive(Clone)]
 pub struct Sources {
     registry: RegistryClient,
+    runtime: Option<Runtime>,
 }
 
 impl Sources {
@@ -190,7 +198,12 @@ impl Sources {
     /// [`SourceError::Invalid`] when no TLS client can be made, for want of root
     /// certificates for instance.
     pub fn new(options: RegistryOptions) -> Result<Self, SourceError> {
-        Ok(Self { registry: RegistryClient::new(options)? })
+        Ok(Self { registry: RegistryClient::new(options)?, runtime: None })
+    }
+
+    /// Takes what the container runtime has from there, before any mirror or registry is asked for it.
+    pub fn with_runtime(self, runtime: Runtime) -> Self {
+        Self { runtime: Some(runtime), ..self }
     }
 
     /// The source that holds what `reference` names. Nothing is asked yet: whether it
@@ -208,12 +221,18 @@ impl Sources {
         secret: &PullSecret,
     ) -> Result<Arc<dyn Source>, SourceError> {
         Ok(match reference {
-            Reference::Registry(reference) => Arc::new(self.registry.pull_from(reference, secret)?),
+            Reference::Registry(reference) => {
+                let registry = Arc::new(self.registry.pull_from(reference, secret)?);
+                match &self.runtime {
+                    Some(runtime) => Arc::new(RuntimeFirst::new(runtime.clone(), registry)),
+                    None => registry,
+                }
+            }
             Reference::Layout(reference) => open_local(reference),
         })
     }
 
-    /// As [`Sources::open`], without mirrors: the place that decides who may have what.
+    /// As [`Sources::open`], without runtime and mirrors: the place that decides who may have what.
     ///
     /// # Errors
     ///
@@ -227,6 +246,11 @@ impl Sources {
             Reference::Registry(reference) => Arc::new(self.registry.origin_of(reference, secret)?),
             Reference::Layout(reference) => open_local(reference),
         })
+    }
+
+    /// The container runtime, where one is asked.
+    pub(crate) fn runtime(&self) -> Option<&Runtime> {
+        self.runtime.as_ref()
     }
 
     /// The client that registries are spoken to with.

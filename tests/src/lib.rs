@@ -2,10 +2,11 @@
 //! implementations pass.
 //!
 //! Nothing here is mocked where the real thing can run: [`registry`] starts Debian's
-//! docker-registry. What the real thing never does on request is scripted: [`scripted`]
+//! docker-registry, [`containerd`] Debian's containerd. What the real thing never does on request is scripted: [`scripted`]
 //! is an HTTP server that answers, stalls and breaks off as a test says.
 
 pub mod carport;
+pub mod containerd;
 pub mod demo;
 pub mod images;
 pub mod layouts;

@@ -54,6 +54,11 @@ fn a_wrong_value_names_line_field_and_what_to_write() {
             "/etc/c.yaml:1:22: csi.layoutFolders",
             "write it from /",
         ),
+        (
+            "runtime: {containerd: {namespaces: [k8s.io, a/b]}}\n",
+            "/etc/c.yaml:1:36: runtime.containerd.namespaces",
+            "write one such as k8s.io",
+        ),
         ("csi: {driverName: Carport}\n", "/etc/c.yaml:1:19: csi.driverName: ", "csi.carport.dev"),
         (
             "registries: {plainHttp: ['http://a']}\n",
@@ -164,7 +169,9 @@ fn the_document_names_every_field_and_no_other() {
         let line = document.lines().find(|line| line.starts_with(&row));
         let line = line.unwrap_or_else(|| panic!("docs/configuration.md lacks a row for {field}"));
         // What depends on the user and the machine is described in words.
-        let varies = ["nodeName", "root", "api.socket", "csi.enabled"].contains(&field.as_str());
+        let varies =
+            ["nodeName", "root", "api.socket", "csi.enabled", "runtime.containerd.enabled"]
+                .contains(&field.as_str());
         let default = match default {
             serde_json::Value::String(text) => format!("`{text}`"),
             serde_json::Value::Null => "none".into(),

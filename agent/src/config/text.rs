@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use carport_image::runtime::Namespace;
 use serde::de::{Deserialize, Deserializer, Error as _};
 use serde::ser::{Serialize, Serializer};
 
@@ -73,6 +74,20 @@ pub fn parse_host(text: &str) -> Result<String, String> {
         return Ok(text.to_ascii_lowercase());
     }
     Err(format!("{text:?} is no registry host; write HOST or HOST:PORT, without http://"))
+}
+
+/// The name of a containerd namespace.
+///
+/// # Errors
+///
+/// Says what one looks like.
+pub fn parse_namespace(text: &str) -> Result<Namespace, String> {
+    Namespace::parse(text).ok_or_else(|| {
+        format!(
+            "{text:?} is no containerd namespace; write one such as k8s.io: letters and digits, \
+             parted by '.', '-' or '_'"
+        )
+    })
 }
 
 /// A path from the root, without `..`.
@@ -357,6 +372,17 @@ pub(super) fn log_level<'de, D: Deserializer<'de>>(from: D) -> Result<String, D:
 
 pub(super) fn hosts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     each(from, parse_host)
+}
+
+pub(super) fn namespaces<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Namespace>, D::Error> {
+    each(from, parse_namespace)
+}
+
+pub(super) fn write_namespaces<S: Serializer>(
+    namespaces: &[Namespace],
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    to.collect_seq(namespaces.iter().map(Namespace::as_str))
 }
 
 pub(super) fn window<'de, D: Deserializer<'de>>(from: D) -> Result<ByteSize, D::Error> {

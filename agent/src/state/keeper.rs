@@ -183,6 +183,9 @@ impl Keeper {
     async fn look_at_pulls(&mut self) {
         let pulls = self.puller.pulls();
         self.metrics.pulls.observe(&self.seen, &pulls);
+        if let Some(runtime) = self.puller.runtime() {
+            self.metrics.runtime.observe(runtime.used());
+        }
         self.rates.sample(&pulls, SystemTime::now());
         let left = |pull: &PullProgress| {
             in_flight(pull) && !pulls.iter().any(|other| same_pull(other, pull))

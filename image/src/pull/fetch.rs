@@ -331,7 +331,9 @@ impl RangeReader {
             let Some(body) = &mut self.body else { continue };
             let error = match body.stream.next().await {
                 Some(Ok(mut bytes)) => {
-                    self.came.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    if !body.is_here {
+                        self.came.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    }
                     let skipped = (self.range.start - body.offset).min(bytes.len() as u64);
                     body.offset += bytes.len() as u64;
                     let _ = bytes.split_to(skipped as usize);
@@ -341,6 +343,10 @@ impl RangeReader {
                         continue;
                     }
                     self.range.start += bytes.len() as u64;
+                    if body.is_here {
+                        self.state.meter.skip(bytes.len() as u64);
+                        return Ok(Some(bytes));
+                    }
                     self.state.meter.add(bytes.len() as u64, Instant::now());
                     if let Some(pace) = &self.pace {
                         pace.took(bytes.len() as u64, &self.state.urgency).await;

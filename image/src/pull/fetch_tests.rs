@@ -82,7 +82,12 @@ impl Source for Blobs {
                 sent.fetch_add(chunk.len() as u64, Ordering::Relaxed);
             }
         });
-        Ok(BlobBody { offset: range.start, ranged: self.ranges, stream: stream.boxed() })
+        Ok(BlobBody {
+            offset: range.start,
+            ranged: self.ranges,
+            is_here: false,
+            stream: stream.boxed(),
+        })
     }
 }
 

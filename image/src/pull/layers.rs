@@ -76,7 +76,9 @@ impl Inner {
                             skip = false;
                         }
                         // A mirror that lied is not asked again.
-                        Err(error @ PullError::Mismatch(_)) if source.distrust() => {
+                        Err(error @ PullError::Mismatch(_))
+                            if source.distrust(&layer.blob.digest) =>
+                        {
                             tracing::warn!(layer = %layer.blob.digest, %error, "asking elsewhere");
                         }
                         Ok(_) => {

@@ -231,7 +231,7 @@ impl Inner {
         };
         let mut bytes = retry(self.attempts, "fetch config", fetch).await?;
         // A mirror that lied is not asked again.
-        while Digest::of(&bytes) != blob.digest && source.distrust() {
+        while Digest::of(&bytes) != blob.digest && source.distrust(&blob.digest) {
             bytes = retry(self.attempts, "fetch config", fetch).await?;
         }
         if Digest::of(&bytes) != blob.digest {

@@ -42,7 +42,7 @@ impl Part {
                 Ok(if chunk.is_empty() { None } else { Some((chunk, next)) })
             }
         });
-        BlobBody { offset, ranged: true, stream: chunks.boxed() }
+        BlobBody { offset, ranged: true, is_here: false, stream: chunks.boxed() }
     }
 
     /// A chunk of `range`, from its start; empty only where the file ends. Blocks.

@@ -537,7 +537,7 @@ impl Source for RegistrySource {
             let _held = &permit;
             chunk.map_err(|error| broken(&asked, error))
         });
-        Ok(BlobBody { offset, ranged, stream: stream.boxed() })
+        Ok(BlobBody { offset, ranged, is_here: false, stream: stream.boxed() })
     }
 }
 

@@ -4,6 +4,7 @@
 //! asked of the next, and of the registry itself at last. Manifests are checked against their digest
 //! here; who finds a blob wrong says so by [`Source::distrust`].
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -29,8 +30,8 @@ struct Place {
     resolves: bool,
     resting_until: Mutex<Option<Instant>>,
     distrusted: AtomicBool,
-    /// Has served a blob.
-    served: AtomicBool,
+    /// Blobs that it has served, of one image; held for a look only.
+    served: Mutex<HashSet<Digest>>,
 }
 
 impl MirroredSource {
@@ -41,7 +42,7 @@ impl MirroredSource {
             resolves,
             resting_until: Mutex::default(),
             distrusted: AtomicBool::new(false),
-            served: AtomicBool::new(false),
+            served: Mutex::default(),
         });
         Self { places: places.collect() }
     }
@@ -64,6 +65,10 @@ impl MirroredSource {
 impl Place {
     fn is_mirror(&self) -> bool {
         self.source.repository.namespace.is_some()
+    }
+
+    fn served(&self) -> std::sync::MutexGuard<'_, HashSet<Digest>> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn rests(&self) -> bool {
@@ -149,18 +154,22 @@ impl Source for MirroredSource {
             let asked = place.source.blob(digest, size, range.clone()).await;
             outcome = asked.map_err(|error| place.failed(error));
             if outcome.is_ok() {
-                place.served.store(true, Ordering::Relaxed);
+                place.served().insert(*digest);
                 break;
             }
         }
         outcome
     }
 
-    fn distrust(&self) -> bool {
+    fn distrust(&self, blob: &Digest) -> bool {
         let Some((_, mirrors)) = self.places.split_last() else { return false };
         let mut news = false;
-        for mirror in mirrors.iter().filter(|mirror| mirror.served.load(Ordering::Relaxed)) {
-            news |= !mirror.distrusted.swap(true, Ordering::Relaxed);
+        for mirror in mirrors {
+            // Several layers may be wrong at the same time: each is asked for again.
+            if mirror.served().remove(blob) {
+                mirror.distrusted.store(true, Ordering::Relaxed);
+                news = true;
+            }
         }
         news
     }

@@ -1,0 +1,290 @@
+//! Pulls on a node whose containerd has the image, or a part of it.
+
+#![allow(clippy::unwrap_used)] // a test that cannot go on says where
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use carport_image::pull::{
+    AccessCheck, PullOptions, PullPolicy, PullRequest, Pulled, RegistryAway,
+};
+use carport_image::runtime::{Namespace, Runtime, RuntimeOptions};
+use carport_image::source::{Audience, ManifestName, PullSecret, Source, SourceError};
+use carport_image::{Digest, PullError, Puller, Store};
+use carport_tests::containerd::Containerd;
+use carport_tests::models::{Model, reference, secret, sources};
+use carport_tests::registry::{PASSWORD, Registry, USERNAME};
+use carport_tests::sources::{Known, conforms};
+use tempfile::TempDir;
+
+const NAMESPACE: &str = "k8s.io";
+const OCI: &str = "application/vnd.oci.image.manifest.v1+json";
+
+/// A registry with a model, a containerd, and a store.
+struct Node {
+    folder: TempDir,
+    registry: Registry,
+    containerd: Containerd,
+    model: Model,
+    runtime: Runtime,
+    image: String,
+    digest: Digest,
+}
+
+impl Node {
+    /// Packs a model and has containerd pull it into `namespace`.
+    async fn with(namespace: &str, registry: Option<Registry>) -> Option<Self> {
+        let registry = registry?;
+        let folder = tempfile::tempdir().unwrap();
+        let containerd = Containerd::start(folder.path()).unwrap()?;
+        let (model, host) = (Model::new(), registry.host());
+        let image = format!("{host}/team/m:v1");
+        let login = secret(host, USERNAME, PASSWORD);
+        let packed = model.pack(&image, &login, &sources(&[host])).await.unwrap();
+        let user = format!("{USERNAME}:{PASSWORD}");
+        let pull = ["images", "pull", "--plain-http", "--user", &user, &image];
+        containerd.run(namespace, &pull).unwrap();
+        let runtime = runtime(&containerd.socket());
+        Some(Self { folder, registry, containerd, model, runtime, image, digest: packed.digest })
+    }
+
+    async fn new() -> Option<Self> {
+        Self::with(NAMESPACE, Registry::start()).await
+    }
+
+    fn by_digest(&self) -> String {
+        format!("{}/team/m@{}", self.registry.host(), self.digest)
+    }
+
+    fn puller(&self, store: &str) -> Puller {
+        let sources = sources(&[self.registry.host()]).with_runtime(self.runtime.clone());
+        let store = Store::open(self.folder.path().join(store)).unwrap();
+        Puller::new(store, sources, PullOptions { attempts: 1, ..PullOptions::default() })
+    }
+
+    async fn pull(&self, image: &str) -> Result<Pulled, PullError> {
+        self.puller("store").start(PullRequest::new(reference(image))).wait().await
+    }
+
+    fn source(&self, image: &str) -> std::sync::Arc<dyn Source> {
+        let sources = sources(&[self.registry.host()]).with_runtime(self.runtime.clone());
+        sources.open(&reference(image), &PullSecret::none()).unwrap()
+    }
+
+    /// The manifest, as the registry has it.
+    fn manifest(&self) -> serde_json::Value {
+        serde_json::from_slice(&self.stored(&self.digest.to_string())).unwrap()
+    }
+
+    /// `(digest, size)` of the layers.
+    fn layers(&self) -> Vec<(String, u64)> {
+        let manifest = self.manifest();
+        let layer = |layer: &serde_json::Value| {
+            (layer["digest"].as_str().unwrap().to_owned(), layer["size"].as_u64().unwrap())
+        };
+        manifest["layers"].as_array().unwrap().iter().map(layer).collect()
+    }
+
+    fn stored_path(&self, digest: &str) -> std::path::PathBuf {
+        let hex = digest.trim_start_matches("sha256:");
+        let blobs = self.registry.storage().join("docker/registry/v2/blobs/sha256");
+        blobs.join(&hex[..2]).join(hex).join("data")
+    }
+
+    fn stored(&self, digest: &str) -> Vec<u8> {
+        std::fs::read(self.stored_path(digest)).unwrap()
+    }
+
+    /// Takes all layers and the config out of the registry.
+    fn empty_registry(&self) {
+        let config = self.manifest()["config"]["digest"].as_str().unwrap().to_owned();
+        for digest in self.layers().into_iter().map(|(digest, _)| digest).chain([config]) {
+            std::fs::remove_file(self.stored_path(&digest)).unwrap();
+        }
+    }
+
+    fn unpacked(&self, pulled: &Pulled) {
+        let rootfs = self.folder.path().join("store/trees").join(pulled.digest.hex());
+        for name in ["config.json", "tokenizer/vocab.json", "model.safetensors"] {
+            let there = std::fs::read(rootfs.join("rootfs/models").join(name)).unwrap();
+            assert!(there == std::fs::read(self.model.path().join(name)).unwrap(), "{name}");
+        }
+    }
+
+    fn leases(&self) -> Vec<String> {
+        let list = self.containerd.run(NAMESPACE, &["leases", "ls", "-q"]).unwrap();
+        list.lines().filter(|line| line.starts_with("carport-")).map(str::to_owned).collect()
+    }
+
+    /// Waits until no lease of ours is left: they are ended behind the caller's back.
+    async fn no_leases(&self) {
+        for _ in 0..100 {
+            if self.leases().is_empty() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("leases stay: {:?}", self.leases());
+    }
+}
+
+fn runtime(socket: &Path) -> Runtime {
+    let namespaces = vec![Namespace::parse(NAMESPACE).unwrap()];
+    Runtime::new(RuntimeOptions { socket: socket.to_owned(), namespaces })
+}
+
+#[tokio::test]
+async fn what_containerd_has_is_not_fetched() {
+    let Some(node) = Node::new().await else { return };
+    node.empty_registry();
+    let pulled = node.pull(&node.image).await.unwrap();
+    node.unpacked(&pulled);
+    assert_eq!((pulled.digest, pulled.fetched_bytes), (node.digest, 0));
+    assert!(!pulled.already_present && pulled.written_bytes > 3 << 20);
+    let all: u64 = node.layers().iter().map(|(_, size)| size).sum();
+    let used = node.runtime.used();
+    // Some headers are read twice: once to see whether the files are here.
+    assert!(used.bytes >= all && used.bytes < all + all / 2, "{used:?} of {all}");
+    node.no_leases().await;
+}
+
+#[tokio::test]
+async fn an_image_by_digest_needs_no_registry() {
+    let Some(mut node) = Node::new().await else { return };
+    let image = node.by_digest();
+    let tag = node.image.clone();
+    node.registry = Registry::start().unwrap();
+    let pulled = node.pull(&image).await.unwrap();
+    node.unpacked(&pulled);
+    // What a tag means is the registry's to say, whatever containerd calls its image.
+    let request = PullRequest { policy: PullPolicy::Always, ..PullRequest::new(reference(&tag)) };
+    let error = node.puller("store").start(request).wait().await.unwrap_err();
+    assert!(matches!(error, PullError::Source(_)), "{error:?}");
+}
+
+#[tokio::test]
+async fn what_containerd_has_discarded_is_fetched_and_the_rest_is_not() {
+    let Some(node) = Node::new().await else { return };
+    let (gone, size) = node.layers().pop().unwrap();
+    node.containerd.run(NAMESPACE, &["content", "rm", &gone]).unwrap();
+    let pulled = node.pull(&node.image).await.unwrap();
+    node.unpacked(&pulled);
+    assert_eq!(pulled.fetched_bytes, size);
+}
+
+#[tokio::test]
+async fn another_namespace_is_not_looked_into() {
+    let Some(node) = Node::with("elsewhere", Registry::start()).await else { return };
+    let all: u64 = node.layers().iter().map(|(_, size)| size).sum();
+    let pulled = node.pull(&node.image).await.unwrap();
+    assert_eq!((pulled.fetched_bytes, node.runtime.used().blobs), (all, 0));
+}
+
+#[tokio::test]
+async fn a_damaged_blob_in_containerd_is_fetched_from_the_registry() {
+    let Some(node) = Node::new().await else { return };
+    for (digest, size) in node.layers() {
+        // Replaced, not written to: a blob's file is nobody's to change.
+        let (path, new) = (node.containerd.blob(&digest), node.folder.path().join("damaged"));
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = usize::try_from(size / 2).unwrap();
+        bytes[middle] ^= 1;
+        std::fs::write(&new, bytes).unwrap();
+        std::fs::rename(&new, &path).unwrap();
+    }
+    let pulled = node.pull(&node.image).await.unwrap();
+    node.unpacked(&pulled);
+    // And a manifest is checked before it is believed.
+    let manifest = node.containerd.blob(&node.digest.to_string());
+    let padded = vec![b' '; std::fs::read(&manifest).unwrap().len()];
+    std::fs::write(node.folder.path().join("m"), padded).unwrap();
+    std::fs::rename(node.folder.path().join("m"), &manifest).unwrap();
+    let raw = node.source(&node.by_digest());
+    let raw = raw.manifest(&ManifestName::Digest(node.digest)).await.unwrap();
+    assert_eq!(raw.digest(), node.digest);
+}
+
+#[tokio::test]
+async fn a_containerd_that_hangs_costs_a_pull_a_second_once() {
+    let Some(node) = Node::new().await else { return };
+    node.containerd.hang(true).unwrap();
+    let all: u64 = node.layers().iter().map(|(_, size)| size).sum();
+    let started = Instant::now();
+    let pulled = node.pull(&node.image).await.unwrap();
+    let took = started.elapsed();
+    assert_eq!(pulled.fetched_bytes, all);
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    // Left alone now: the next pull does not feel it at all.
+    let started = Instant::now();
+    let again = node.puller("other").start(PullRequest::new(reference(&node.image)));
+    again.wait().await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+    node.containerd.hang(false).unwrap();
+}
+
+#[tokio::test]
+async fn a_containerd_that_restarts_is_found_again() {
+    let Some(mut node) = Node::new().await else { return };
+    let source = node.source(&node.image);
+    let (layer, size) = node.layers().pop().unwrap();
+    let digest: Digest = layer.parse().unwrap();
+    assert!(source.blob(&digest, size, 0..1).await.unwrap().is_here);
+    node.containerd.kill().unwrap();
+    node.containerd.restart().unwrap();
+    let pulled = node.pull(&node.image).await.unwrap();
+    assert_eq!(pulled.fetched_bytes, 0);
+}
+
+#[tokio::test]
+async fn what_is_being_read_stays_when_the_image_is_removed() {
+    let Some(node) = Node::new().await else { return };
+    let source = node.source(&node.image);
+    let (layer, size) = node.layers().pop().unwrap();
+    let digest: Digest = layer.parse().unwrap();
+    drop(source.blob(&digest, size, 0..1).await.unwrap());
+    assert_eq!(node.leases().len(), 1);
+    node.containerd.run(NAMESPACE, &["images", "rm", "--sync", &node.image]).unwrap();
+    assert!(node.containerd.blob(&layer).exists(), "the lease holds it");
+    let others = node.layers();
+    assert!(!node.containerd.blob(&others[0].0).exists(), "and nothing else");
+    drop(source);
+    node.no_leases().await;
+}
+
+#[tokio::test]
+async fn an_image_in_containerd_is_given_to_nobody_whom_the_registry_refuses() {
+    let registry = Registry::start_with_login();
+    let Some(node) = Node::with(NAMESPACE, registry).await else { return };
+    let check =
+        AccessCheck { remember_for: Duration::ZERO, registry_away: RegistryAway::AllowKnown };
+    let request = |secret: PullSecret| PullRequest {
+        access: Some(check),
+        secret,
+        ..PullRequest::new(reference(&node.by_digest()))
+    };
+    let refused = node.puller("store").start(request(PullSecret::none())).wait().await;
+    let error = refused.unwrap_err();
+    assert!(matches!(error, PullError::Source(SourceError::Denied(_))), "{error:?}");
+    let login = secret(node.registry.host(), USERNAME, PASSWORD);
+    let pulled = node.puller("store").start(request(login)).wait().await.unwrap();
+    node.unpacked(&pulled);
+    assert_eq!(pulled.fetched_bytes, 0);
+}
+
+#[tokio::test]
+async fn containerd_before_a_registry_conforms() {
+    let Some(node) = Node::new().await else { return };
+    let (layer, _) = node.layers().into_iter().max_by_key(|(_, size)| *size).unwrap();
+    let known = Known {
+        tag: "v1".into(),
+        manifest: node.digest,
+        media_type: OCI.into(),
+        blob: layer.parse().unwrap(),
+        content: Bytes::from(node.stored(&layer)),
+    };
+    let source = node.source(&node.image);
+    conforms(source.as_ref(), &known).await;
+    assert!(node.runtime.used().bytes > known.content.len() as u64);
+    assert_eq!(source.audience(), Audience::Nobody);
+}
