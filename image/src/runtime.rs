@@ -16,7 +16,7 @@
 //! - **Files, not streams.** Blobs are read by path, several times as fast as over its API; the content
 //!   root is asked for, never guessed. An open file stays whole whatever containerd removes.
 //!
-//! [`crate::source`] puts it before registries.
+//! [`crate::source`] puts it before registries; which images there are is in `inventory`.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -39,6 +39,10 @@ use tonic::transport::{Channel, Endpoint};
 use tower::service_fn;
 
 use crate::digest::Digest;
+
+mod inventory;
+
+pub use inventory::{Inventory, RuntimeImage, RuntimeLayer};
 
 /// How long containerd may take for an answer, and for all it takes to open one blob. A quiet one
 /// answers within milliseconds; a pull must not feel one that does not.
@@ -184,7 +188,7 @@ impl Runtime {
             }
             Err(Failed::NotFound) => None,
             Err(Failed::Away(why)) => {
-                self.away(why);
+                self.away(&why);
                 None
             }
         }
@@ -266,16 +270,19 @@ impl Runtime {
     }
 
     /// Leaves containerd alone for a while, and says why where that is news.
-    fn away(&self, why: String) {
+    fn away(&self, why: &str) {
+        self.say_away(why);
+        self.link().resting_until = Some(Instant::now() + REST);
+    }
+
+    /// Says that containerd is away, where that is news.
+    fn say_away(&self, why: &str) {
         let mut link = self.link();
         link.root = None;
-        link.resting_until = Some(Instant::now() + REST);
-        if link.said.as_ref() != Some(&why) {
-            tracing::info!(
-                socket = %self.shared.options.socket.display(), why,
-                "nothing is taken from containerd for now"
-            );
-            link.said = Some(why);
+        if link.said.as_deref() != Some(why) {
+            let socket = self.shared.options.socket.display();
+            tracing::info!(%socket, why, "nothing is taken from containerd for now");
+            link.said = Some(why.to_owned());
         }
     }
 

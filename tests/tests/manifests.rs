@@ -158,8 +158,12 @@ fn every_path_of_the_agent_is_the_hosts_under_the_same_name() {
 fn mounts_reach_the_host_from_the_pods_folder_alone() {
     let pod = pod();
     for mount in array(&agent(&pod)["volumeMounts"]) {
-        let pods = mount["mountPath"] == "/var/lib/kubelet/pods";
-        let expected = if pods { json!("Bidirectional") } else { Value::Null };
+        let expected = match mount["mountPath"].as_str().unwrap() {
+            "/var/lib/kubelet/pods" => json!("Bidirectional"),
+            // From the host only, so that what is unmounted there goes here, too.
+            "/run/containerd" | "/var/lib/containerd" => json!("HostToContainer"),
+            _ => Value::Null,
+        };
         assert_eq!(mount["mountPropagation"], expected, "{mount}");
         assert_eq!(mount["subPath"], Value::Null, "a subPath never changes");
         let named = named(&pod["volumes"], mount["name"].as_str().unwrap());

@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used)] // a test that cannot go on says where
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use carport_image::pull::{
     AccessCheck, PullOptions, PullPolicy, PullRequest, Pulled, RegistryAway,
 };
-use carport_image::runtime::{Namespace, Runtime, RuntimeOptions};
+use carport_image::runtime::{Inventory, Namespace, Runtime, RuntimeOptions};
 use carport_image::source::{Audience, ManifestName, PullSecret, Source, SourceError};
 use carport_image::{Digest, PullError, Puller, Store};
 use carport_tests::containerd::Containerd;
@@ -17,6 +18,8 @@ use carport_tests::models::{Model, reference, secret, sources};
 use carport_tests::registry::{PASSWORD, Registry, USERNAME};
 use carport_tests::sources::{Known, conforms};
 use tempfile::TempDir;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 const NAMESPACE: &str = "k8s.io";
 const OCI: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -67,7 +70,7 @@ impl Node {
         self.puller("store").start(PullRequest::new(reference(image))).wait().await
     }
 
-    fn source(&self, image: &str) -> std::sync::Arc<dyn Source> {
+    fn source(&self, image: &str) -> Arc<dyn Source> {
         let sources = sources(&[self.registry.host()]).with_runtime(self.runtime.clone());
         sources.open(&reference(image), &PullSecret::none()).unwrap()
     }
@@ -287,4 +290,154 @@ async fn containerd_before_a_registry_conforms() {
     conforms(source.as_ref(), &known).await;
     assert!(node.runtime.used().bytes > known.content.len() as u64);
     assert_eq!(source.audience(), Audience::Nobody);
+}
+
+/// Follows `runtime` until the end of the test.
+fn follow(runtime: &Runtime) -> (watch::Receiver<Arc<Inventory>>, JoinHandle<()>) {
+    let (sender, seen) = watch::channel(Arc::default());
+    let runtime = runtime.clone();
+    (seen, tokio::spawn(async move { runtime.follow(&sender).await }))
+}
+
+/// Waits for an inventory that is as `wanted`.
+async fn seen(
+    inventory: &mut watch::Receiver<Arc<Inventory>>,
+    what: &str,
+    wanted: impl Fn(&Inventory) -> bool,
+) -> (Arc<Inventory>, Duration) {
+    let started = Instant::now();
+    let found = inventory.wait_for(|inventory| wanted(inventory));
+    let found = tokio::time::timeout(Duration::from_secs(8), found).await;
+    let found = found.unwrap_or_else(|_| panic!("{what} is not seen")).unwrap();
+    (found.clone(), started.elapsed())
+}
+
+#[tokio::test]
+async fn images_in_containerd_are_known_as_they_come_and_go() {
+    let Some(mut node) = Node::new().await else { return };
+    let (mut inventory, _task) = follow(&node.runtime);
+    let (first, _) = seen(&mut inventory, "a list", |now| now.connected).await;
+    let all: u64 = node.layers().iter().map(|(_, size)| size).sum();
+    let image = first.find(None, Some(&reference(&node.image))).unwrap();
+    assert_eq!((image.digest, image.bytes, image.unpacked), (node.digest, all, true));
+    assert_eq!(image.references, [node.image.clone()]);
+    let layers: Vec<_> = image.layers.iter().map(|l| (l.digest.to_string(), l.bytes)).collect();
+    assert_eq!(layers, node.layers());
+    assert!(first.find(Some(Digest::of(b"another")), None).is_none());
+
+    // Another name is seen at once, and so is that it goes.
+    let other = format!("{}/team/other:v2", node.registry.host());
+    node.containerd.run(NAMESPACE, &["images", "tag", &node.image, &other]).unwrap();
+    let named = |name: &str| {
+        let name = reference(name);
+        move |now: &Inventory| now.find(None, Some(&name)).is_some()
+    };
+    let (_, took) = seen(&mut inventory, "a name", named(&other)).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    node.containerd.run(NAMESPACE, &["images", "rm", &other]).unwrap();
+    let gone = named(&other);
+    let (now, _) = seen(&mut inventory, "its end", |now| !gone(now)).await;
+    assert_eq!(now.images.len(), 1);
+
+    // A restart is seen, and what is there afterwards is listed anew.
+    node.containerd.kill().unwrap();
+    let (away, _) = seen(&mut inventory, "its absence", |now| !now.connected).await;
+    assert_eq!((away.images.len(), away.listed_at), (1, now.listed_at), "with its age");
+    node.containerd.restart().unwrap();
+    node.containerd.run(NAMESPACE, &["images", "rm", "--sync", &node.image]).unwrap();
+    let (back, _) =
+        seen(&mut inventory, "its return", |now| now.connected && now.images.is_empty()).await;
+    assert!(back.listed_at > away.listed_at);
+}
+
+#[tokio::test]
+async fn an_image_without_its_layers_is_complete_only_where_it_is_unpacked() {
+    let Some(node) = Node::new().await else { return };
+    let (mut inventory, _task) = follow(&node.runtime);
+    let (gone, _) = node.layers().pop().unwrap();
+    node.containerd.run(NAMESPACE, &["content", "rm", &gone]).unwrap();
+    let discarded = |now: &Inventory| {
+        now.images.values().any(|image| image.layers.iter().any(|layer| !layer.present))
+    };
+    let (now, _) = seen(&mut inventory, "the discarded layer", discarded).await;
+    assert!(now.find(Some(node.digest), None).is_some(), "its snapshots are there");
+    // The same blobs in a namespace where nothing was unpacked.
+    let fetched = Node::with("elsewhere", Registry::start()).await.unwrap();
+    let fetch = ["content", "fetch", "--plain-http", &fetched.image];
+    fetched.containerd.run(NAMESPACE, &fetch).unwrap();
+    let (mut inventory, _task) = follow(&fetched.runtime);
+    let (now, _) = seen(&mut inventory, "the image", |now| !now.images.is_empty()).await;
+    let image = now.find(Some(fetched.digest), None).unwrap();
+    assert!(!image.unpacked && image.is_complete());
+    fetched.containerd.run(NAMESPACE, &["content", "rm", &fetched.layers()[0].0]).unwrap();
+    let incomplete = |now: &Inventory| now.find(Some(fetched.digest), None).is_none();
+    seen(&mut inventory, "that it is incomplete", incomplete).await;
+}
+
+/// An OCI layout of `images` images with `layers` layers each, every blob another.
+fn many(folder: &Path, images: usize, layers: usize) -> std::path::PathBuf {
+    let blobs = folder.join("many/blobs/sha256");
+    std::fs::create_dir_all(&blobs).unwrap();
+    let put = |bytes: &[u8]| {
+        let digest = Digest::of(bytes);
+        std::fs::write(blobs.join(digest.hex()), bytes).unwrap();
+        (digest.to_string(), bytes.len())
+    };
+    let mut manifests = Vec::new();
+    for image in 0..images {
+        let describe = |kind: &str, (digest, size): (String, usize)| serde_json::json!({ "mediaType": kind, "digest": digest, "size": size });
+        let config = serde_json::json!({ "architecture": "amd64", "os": "linux", "n": image,
+            "rootfs": { "type": "layers", "diff_ids": [] } });
+        let config = put(config.to_string().as_bytes());
+        let layer = |layer| put(format!("layer {layer} of {image}").as_bytes());
+        let tar = "application/vnd.oci.image.layer.v1.tar";
+        let layers: Vec<_> = (0..layers).map(|n| describe(tar, layer(n))).collect();
+        let config = describe("application/vnd.oci.image.config.v1+json", config);
+        let manifest = serde_json::json!({ "schemaVersion": 2, "mediaType": OCI,
+            "config": config, "layers": layers });
+        let mut entry = describe(OCI, put(manifest.to_string().as_bytes()));
+        let name = format!("models.example/team/m{image}:v1");
+        entry["annotations"] = serde_json::json!({ "io.containerd.image.name": name });
+        manifests.push(entry);
+    }
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": manifests });
+    std::fs::write(folder.join("many/index.json"), index.to_string()).unwrap();
+    let version = br#"{"imageLayoutVersion":"1.0.0"}"#;
+    std::fs::write(folder.join("many/oci-layout"), version).unwrap();
+    let tar = folder.join("many.tar");
+    let made = std::process::Command::new("tar")
+        .arg("-cf")
+        .arg(&tar)
+        .arg("-C")
+        .arg(folder.join("many"))
+        .arg(".")
+        .status();
+    assert!(made.unwrap().success());
+    tar
+}
+
+#[tokio::test]
+async fn five_hundred_images_are_listed_within_two_seconds_and_a_burst_within_one() {
+    // In memory: five thousand blobs, each synced, would take minutes to bring in.
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let Some(containerd) = Containerd::start(folder.path()).unwrap() else { return };
+    let tar = many(folder.path(), 500, 8);
+    let import = ["images", "import", "--no-unpack", "--all-platforms", tar.to_str().unwrap()];
+    containerd.run(NAMESPACE, &import).unwrap();
+    let (mut inventory, _task) = follow(&runtime(&containerd.socket()));
+    let (now, took) = seen(&mut inventory, "all", |now| now.images.len() == 500).await;
+    eprintln!("500 images, 5,000 blobs: {took:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(now.references.len(), 500);
+
+    // A thousand names in one go.
+    let names: Vec<String> = (0..1000).map(|n| format!("models.example/burst/m:v{n}")).collect();
+    let mut tag = vec!["images", "tag", "models.example/team/m7:v1"];
+    tag.extend(names.iter().map(String::as_str));
+    let began = Instant::now();
+    containerd.run(NAMESPACE, &tag).unwrap();
+    let tagged = began.elapsed();
+    let (_, lag) = seen(&mut inventory, "all names", |now| now.references.len() == 1500).await;
+    eprintln!("1,000 events in {tagged:?}; all seen {lag:?} after the last");
+    assert!(lag < Duration::from_secs(1), "{lag:?}");
 }
