@@ -9,6 +9,7 @@ pub mod carport;
 pub mod containerd;
 pub mod demo;
 pub mod images;
+pub mod kustomize;
 pub mod layouts;
 pub mod models;
 pub mod node;

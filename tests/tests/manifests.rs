@@ -11,7 +11,6 @@ use std::process::Command;
 use carport_agent::prepull::List;
 use carport_csi::volume::VolumeAttributes;
 use carport_tests::carport::{binary, workspace};
-use carport_tests::registry::installed;
 use serde_json::{Value, json};
 
 fn deploy(path: &str) -> PathBuf {
@@ -296,6 +295,7 @@ fn pod_of(object: &Value) -> Option<&Value> {
     match object["kind"].as_str()? {
         "Pod" => Some(&object["spec"]),
         "Deployment" => Some(&object["spec"]["template"]["spec"]),
+        "InferenceService" => Some(&object["spec"]["predictor"]),
         _ => None,
     }
 }
@@ -319,7 +319,7 @@ fn the_driver_takes_the_volumes_of_the_examples() {
             seen += 1;
         }
     }
-    assert_eq!(seen, 3, "inline, persistent, vLLM");
+    assert_eq!(seen, 7, "inline, persistent, vLLM, KServe, LoRA (3)");
 }
 
 #[test]
@@ -374,13 +374,7 @@ fn pods_of_the_examples_are_restricted() {
 }
 
 fn kustomize(path: &str) -> Option<Vec<Value>> {
-    if !installed("kubectl") {
-        return None;
-    }
-    let output = Command::new("kubectl").arg("kustomize").arg(deploy(path)).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Some(documents(&text))
+    Some(documents(&carport_tests::kustomize::rendered(&deploy(path))?))
 }
 
 #[test]
