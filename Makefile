@@ -5,6 +5,7 @@ SHELL := /bin/bash
 
 CARGO ?= cargo
 FUZZ_SECONDS ?= 30
+VERSION = $(shell $(CARGO) pkgid --package carport-agent | sed 's/.*[\#@]//')
 
 # What the build, the tests and the demo use besides Rust. All of it is in Debian and Ubuntu.
 PACKAGES := build-essential ca-certificates curl docker-registry fuse3 openssl pkg-config protobuf-compiler python3 skopeo util-linux zstd
@@ -31,6 +32,12 @@ setup: ## Install the packages that build, tests and demo need (as root, Debian 
 build: setup ## Build the optimised binary: target/release/carport
 	$(CARGO) build --release --package carport-agent
 
+.PHONY: image
+image: build ## Write the agent's container image, an OCI archive: target/image/carport.tar
+	@mkdir -p target/image
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || echo 0)} \
+		python3 deploy/image/build.py target/release/carport target/image/carport.tar $(VERSION)
+
 .PHONY: demo
 demo: setup ## Run the main job on this machine and show each step (as root)
 	@$(CARGO) build --quiet --package carport-agent --package carport-tests --bins
@@ -39,6 +46,16 @@ demo: setup ## Run the main job on this machine and show each step (as root)
 .PHONY: test
 test: setup ## Run all tests; those that need root, FUSE or a registry say so where they skip
 	$(CARGO) test --workspace --no-fail-fast
+
+.PHONY: test-deploy
+test-deploy: setup ## Test chart, alerts, dashboard and image with what `make test` skips where it is missing (as root)
+	@command -v promtool >/dev/null || \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null
+	@command -v helm >/dev/null || test -x target/helm/bin/python || \
+		{ DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null && \
+		python3 -m venv target/helm && target/helm/bin/pip install -q helm-python-sdk==0.2.2; }
+	HELM="$$(command -v helm || echo $(CURDIR)/target/helm/bin/python tests/fixtures/helm.py)" \
+		$(CARGO) test --package carport-tests --test manifests --test chart --test observability --test image
 
 .PHONY: test-conformance
 test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else built by Go where it can be (as root)
