@@ -280,6 +280,19 @@ pub enum Command {
     ///
     /// JSON: {objects, bytes}.
     Gc,
+    /// Look for what this node lacks, and say what to do.
+    ///
+    /// Kernel, clock, store and disk, the kubelet's folders and whether mounts reach the host, sockets and
+    /// who serves them, the pre-pull list, credentials, GPUs; and whether each REF can be had from its
+    /// registry. Reads the configuration file as the agent does; flags that the agent was given are not
+    /// known. Changes nothing.
+    ///
+    /// Exits with 1 where a check failed.
+    ///
+    /// JSON: {healthy, checks: [{name, level, message, advice}]}; `level` is ok, warn or fail, and no advice
+    /// is null.
+    #[command(after_help = "Example:\n  carport doctor registry.example/team/llama:v1")]
+    Doctor(DoctorArgs),
 }
 
 /// Flags of `carport agent`.
@@ -380,6 +393,17 @@ pub struct VerifyArgs {
     /// Tell of damage only, and change nothing.
     #[arg(long)]
     pub no_repair: bool,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
+}
+
+/// Flags of `carport doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Images to ask their registries for.
+    #[arg(value_name = "REF")]
+    pub references: Vec<Reference>,
     /// How registries are spoken to.
     #[command(flatten)]
     pub registry: RegistryArgs,

@@ -13,6 +13,7 @@ use crate::config::{Config, Log};
 use crate::{logging, run};
 
 mod ask;
+mod doctor;
 mod du;
 mod gpus;
 mod images;
@@ -112,6 +113,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Rm { references } => images::rm(output, &config, &references),
             Command::Verify(arguments) => verify::run(output, config, arguments).await,
             Command::Gc => images::gc(output, &config),
+            Command::Doctor(arguments) => doctor::run(output, config, arguments).await,
             Command::Plan(arguments) => plan::run(output, config, arguments).await,
             Command::Du => du::run(output, &config),
             Command::Pin(arguments) => pins::pin(output, &config, &arguments),

@@ -101,6 +101,15 @@ struct Stat {
     recently_evicted: u64,
 }
 
+/// Whether this kernel tells, or why it does not. Blocking.
+///
+/// # Errors
+///
+/// The kernel's: `ENOSYS` before Linux 6.5.
+pub fn try_kernel() -> std::io::Result<()> {
+    cached_pages(&File::open("/proc/self/exe")?).map(drop)
+}
+
 fn cached_pages(file: &File) -> std::io::Result<u64> {
     // A length of 0 is all to the end.
     let (range, mut stat) = (Range { offset: 0, length: 0 }, Stat::default());

@@ -187,6 +187,9 @@ pub struct MountPoint {
     pub fs_type: String,
     /// Whether this mount refuses writes.
     pub read_only: bool,
+    /// Whether mounts below it appear in its peers, too: in a container with bidirectional
+    /// propagation, on the host.
+    pub shared: bool,
 }
 
 impl MountPoint {
@@ -274,6 +277,7 @@ mod tests {
             root: root.into(),
             fs_type: "ext4".into(),
             read_only: true,
+            shared: false,
         };
         let root = format!("/lib/carport/trees/{}/rootfs", digest.hex());
         assert_eq!(point(&root).shown_image(), Some(digest));

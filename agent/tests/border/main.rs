@@ -9,6 +9,7 @@ mod api;
 mod cache;
 mod capacity;
 mod cli;
+mod doctor;
 mod prepull;
 mod process;
 mod status_page;

@@ -39,6 +39,7 @@ impl FakeMounter {
             root: "/".into(),
             fs_type: "tmpfs".into(),
             read_only: false,
+            shared: false,
         };
         let id = FolderId { device: 0, inode: 0 };
         self.state.lock().unwrap().mounts.push((point, id));
@@ -90,8 +91,13 @@ impl Mounter for FakeMounter {
             Some(path) => tree.rootfs.join(path.as_path()),
             None => tree.rootfs.clone(),
         };
-        let point =
-            MountPoint { target: target.to_owned(), root, fs_type: "fake".into(), read_only: true };
+        let point = MountPoint {
+            target: target.to_owned(),
+            root,
+            fs_type: "fake".into(),
+            read_only: true,
+            shared: false,
+        };
         self.state.lock().unwrap().mounts.push((point, id));
         Ok(())
     }

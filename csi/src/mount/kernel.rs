@@ -29,6 +29,20 @@ const MAX_STACKED_MOUNTS: usize = 64;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct KernelMounter;
 
+impl KernelMounter {
+    /// Does all of a mount but the last step: whether this kernel and this process can mount
+    /// `folder` for a pod. Nothing is left of it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mounter::mount_tree`].
+    pub fn rehearse(&self, folder: &Path) -> Result<(), MountError> {
+        let tree = Tree { rootfs: folder.to_owned(), path: None };
+        let context = |verb: &str| format!("{verb} a mount of {}", folder.display());
+        sealed_clone(&tree, MountOptions::default(), &context).map(drop)
+    }
+}
+
 impl Mounter for KernelMounter {
     fn identify(&self, tree: &Tree) -> Result<FolderId, MountError> {
         let folder = open(tree)?;
@@ -44,19 +58,7 @@ impl Mounter for KernelMounter {
         options: MountOptions,
     ) -> Result<(), MountError> {
         let context = |verb: &str| format!("{verb} {}", target.display());
-        let source = open(tree)?;
-        // Not recursive: a tree has nothing mounted inside, and if somebody does mount
-        // there it must not come along.
-        let clone = rustix::mount::open_tree(
-            &source,
-            "",
-            OpenTreeFlags::OPEN_TREE_CLONE
-                | OpenTreeFlags::OPEN_TREE_CLOEXEC
-                | OpenTreeFlags::AT_EMPTY_PATH,
-        )
-        .map_err(|e| MountError::new(context("clone the tree for"), e))?;
-        syscalls::seal(clone.as_fd(), options.noexec)
-            .map_err(|e| MountError::new(context("make the tree read-only for"), e))?;
+        let clone = sealed_clone(tree, options, &context)?;
         // By descriptor, so that the target cannot become a symbolic link meanwhile.
         let onto = rustix::fs::open(
             target,
@@ -166,6 +168,28 @@ fn real_path(path: &Path) -> PathBuf {
         },
         _ => path.to_owned(),
     }
+}
+
+/// A mount of `tree` that is nowhere yet, and can no longer be written through.
+fn sealed_clone(
+    tree: &Tree,
+    options: MountOptions,
+    context: &dyn Fn(&str) -> String,
+) -> Result<OwnedFd, MountError> {
+    let source = open(tree)?;
+    // Not recursive: a tree has nothing mounted inside, and if somebody does mount
+    // there it must not come along.
+    let clone = rustix::mount::open_tree(
+        &source,
+        "",
+        OpenTreeFlags::OPEN_TREE_CLONE
+            | OpenTreeFlags::OPEN_TREE_CLOEXEC
+            | OpenTreeFlags::AT_EMPTY_PATH,
+    )
+    .map_err(|e| MountError::new(context("clone the tree for"), e))?;
+    syscalls::seal(clone.as_fd(), options.noexec)
+        .map_err(|e| MountError::new(context("make the tree read-only for"), e))?;
+    Ok(clone)
 }
 
 /// Opens the folder that `tree` names, beneath its root and through no link.

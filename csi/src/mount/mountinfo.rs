@@ -35,9 +35,12 @@ fn parse_line(line: &[u8]) -> Option<MountPoint> {
     let options = fields.next()?;
     let read_only = options.split(|&byte| byte == b',').any(|option| option == b"ro");
     // Any number of tags, then a dash.
-    fields.find(|&field| field == b"-")?;
+    let mut shared = false;
+    fields.by_ref().take_while(|&field| field != b"-").for_each(|tag| {
+        shared |= tag.starts_with(b"shared:");
+    });
     let fs_type = String::from_utf8_lossy(&unescape(fields.next()?)).into_owned();
-    Some(MountPoint { target, root, fs_type, read_only })
+    Some(MountPoint { target, root, fs_type, read_only, shared })
 }
 
 fn path(field: &[u8]) -> PathBuf {
@@ -83,8 +86,10 @@ mod tests {
                 root: "/trees/a/rootfs".into(),
                 fs_type: "ext4".into(),
                 read_only: true,
+                shared: true,
             }
         );
+        assert!(!mounts[0].shared && !mounts[2].shared);
         assert!(!mounts[0].read_only && !mounts[2].read_only);
         assert_eq!(mounts[2].fs_type, "fuse.carport");
     }
