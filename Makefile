@@ -55,7 +55,7 @@ test-deploy: setup ## Test chart, alerts, dashboard and image with what `make te
 		{ DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null && \
 		python3 -m venv target/helm && target/helm/bin/pip install -q helm-python-sdk==0.2.2; }
 	HELM="$$(command -v helm || echo $(CURDIR)/target/helm/bin/python tests/fixtures/helm.py)" \
-		$(CARGO) test --package carport-tests --test manifests --test chart --test observability --test image
+		$(CARGO) test --package carport-tests --test manifests --test chart --test observability --test image --test documents
 
 .PHONY: test-conformance
 test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else built by Go where it can be (as root)
