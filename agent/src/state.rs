@@ -81,7 +81,7 @@ pub struct NodeState {
     pub room: Room,
     /// Images that could be evicted at that walk, with what could not go without them.
     pub evictable: Arc<BTreeMap<Digest, u64>>,
-    /// What of it could go still; see [`NodeState::reckon`].
+    /// What of it could go still: what is in use, pinned or gone by now cannot.
     pub evictable_bytes: u64,
     /// What the store keeps to.
     pub limits: Limits,
@@ -250,7 +250,7 @@ impl NodeState {
         self.evictable_bytes = self.room.held.evictable_bytes.saturating_sub(kept);
     }
 
-    /// Whether the next pull of any size would have images removed.
+    /// Whether pulls to come are likely to have images removed.
     pub fn is_full(&self) -> bool {
         let Space { limit_bytes, used_bytes, free_bytes } = self.room.space;
         #[allow(clippy::cast_precision_loss)]
