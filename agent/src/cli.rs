@@ -4,6 +4,7 @@
 //! error (exit code 2) that names the flag. `--help` is meant to teach: each command says
 //! what it does, what its JSON looks like, and shows an example.
 
+use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -142,8 +143,16 @@ pub enum Command {
     /// user it goes through FUSE (package fuse3), for this user's eyes only, and a process in the
     /// background serves it until `carport umount`.
     ///
-    /// JSON: {reference, digest, target}.
-    #[command(after_help = "Example:\n  carport mount oci:/tmp/llama:v1 /mnt/llama")]
+    /// With --stream the mount stands as soon as the image's file list is known, and reads are served
+    /// while the image arrives, what is read first; also for root through FUSE, unless the image is stored
+    /// already. Bytes are read before their layer's digest is known: where it turns out wrong, reads are
+    /// errors from then on. Layers that are compressed must be complete first.
+    ///
+    /// JSON: {reference, digest, target, arriving, waited_for}; `waited_for` counts layers that had to
+    /// be complete before the mount.
+    #[command(
+        after_help = "Example:\n  carport mount oci:/tmp/llama:v1 /mnt/llama\n  carport mount --stream registry.example/team/llama:v1 /mnt/llama"
+    )]
     Mount(MountArgs),
     /// Take a mount away; the image stays in the store.
     ///
@@ -353,6 +362,17 @@ pub struct RegistryArgs {
     pub hosts_dir: Option<PathBuf>,
 }
 
+impl RegistryArgs {
+    /// As they stand on a command line.
+    pub fn flags(&self) -> Vec<OsString> {
+        let hosts = self.plain_http.iter().map(|host| ("--plain-http", OsStr::new(host)));
+        let paths = [("--docker-config", &self.docker_config), ("--hosts-dir", &self.hosts_dir)];
+        let paths =
+            paths.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?.as_os_str())));
+        hosts.chain(paths).flat_map(|(flag, value)| [OsString::from(flag), value.into()]).collect()
+    }
+}
+
 /// Flags of `carport pull`.
 #[derive(Debug, Args)]
 pub struct PullArgs {
@@ -463,7 +483,13 @@ pub struct MountArgs {
     /// Mount only this folder of the image.
     #[arg(long, value_name = "PATH", default_value = "/")]
     pub path: String,
-    /// Serve it in this process until unmounted or interrupted; for ordinary users.
+    /// Mount it before it is complete, and read while it arrives.
+    #[arg(long)]
+    pub stream: bool,
+    /// How long a read waits for bytes that have not come, before it is an error.
+    #[arg(long, requires = "stream", value_name = "TIME", default_value = "60s", value_parser = text::parse_duration)]
+    pub read_timeout: Duration,
+    /// Serve it in this process until unmounted or interrupted; for ordinary users, and with --stream.
     #[arg(long)]
     pub foreground: bool,
     /// Serve under this name, away from the terminal; for this program itself.

@@ -1,9 +1,10 @@
-//! FUSE: a stored image for who may not mount, served by this process.
+//! FUSE: a stored image for who may not mount, or one that arrives, served by this process.
 //!
 //! ```text
 //! reader ─► kernel ─► /dev/fuse ─► session thread: adapter ─► fs ─► stored files
 //!                                        │ what is not cached
-//!                                        └─► threads that wait for the disk
+//!                                        ├─► threads that wait for the disk
+//!                                        └─► the pull, of what has not come
 //! ```
 //!
 //! A [`FuseMount`] is a session: a thread of its own with a runtime of its own, which
@@ -16,7 +17,7 @@
 //! - **Never writable**, nor with set-user-id or device files in it.
 //! - **The session ends when the mount does**, and never takes another's mount away: only
 //!   [`unmount`] and dropping a mount that still serves unmount anything.
-//! - **Readers never hang.** When this process dies the kernel ends the connection, and
+//! - **Readers never hang.** Waits for bytes on their way are bounded. When this process dies the kernel ends the connection, and
 //!   each read is an error (ENOTCONN) from then on; [`unmount`] takes such a mount away.
 
 use std::io;
@@ -26,15 +27,17 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
+use carport_image::Store;
+use carport_image::pull::Arriving;
 use fuse3::MountOptions;
 use fuse3::raw::Session;
-use rustix::fs::Access;
+use rustix::fs::{Access, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::mount::{KernelMounter, MountError, Mounter as _, Tree, open_tree};
+use crate::mount::{ImagePath, KernelMounter, MountError, Mounter as _, Tree, open_tree};
 
 mod adapter;
 mod descriptor;
@@ -140,6 +143,8 @@ pub struct FuseMount {
     target: PathBuf,
     /// True once the session has ended.
     ended: watch::Receiver<bool>,
+    /// Ends the waits for bytes that have not come.
+    waits: CancellationToken,
     stop: CancellationToken,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -159,6 +164,40 @@ impl FuseMount {
         let fs = Fs::load(root).map_err(|(path, error)| {
             FuseError::io(format!("read {}", tree.rootfs.join(path).display()), error)
         })?;
+        Self::serve(fs, target, CancellationToken::new())
+    }
+
+    /// Serves an image that arrives in `store`, or the folder `path` of it, at `target`, an empty folder.
+    ///
+    /// A read of bytes that have not come waits for `patience` at most, and is an I/O error then; so
+    /// is each read of a layer that turned out to be wrong. For whom, and what blocks, as for
+    /// [`FuseMount::mount`].
+    ///
+    /// # Errors
+    ///
+    /// [`FuseError`]; nothing is mounted then.
+    pub fn mount_arriving(
+        image: &Arriving,
+        store: &Store,
+        path: Option<&ImagePath>,
+        patience: Duration,
+        target: &Path,
+    ) -> Result<Self, FuseError> {
+        check()?;
+        let objects = store.root().join("objects");
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let objects = rustix::fs::open(&objects, flags, Mode::empty())
+            .map_err(|error| FuseError::io(format!("open {}", objects.display()), error))?;
+        let waits = CancellationToken::new();
+        let fs =
+            Fs::arriving(image, path.map(ImagePath::as_path), objects, patience, waits.clone());
+        let fs = fs.map_err(|(path, error)| {
+            FuseError::io(format!("{}: no folder of the image", path.display()), error)
+        })?;
+        Self::serve(fs, target, waits)
+    }
+
+    fn serve(fs: Fs, target: &Path, waits: CancellationToken) -> Result<Self, FuseError> {
         let (ready, starts) = mpsc::channel();
         let (end, ended) = watch::channel(false);
         let stop = CancellationToken::new();
@@ -170,7 +209,7 @@ impl FuseMount {
                 end.send_replace(true);
             })
             .map_err(|error| FuseError::io("start a thread", error))?;
-        let mount = Self { target: target.to_owned(), ended, stop, thread: Some(thread) };
+        let mount = Self { target: target.to_owned(), ended, waits, stop, thread: Some(thread) };
         match starts.recv() {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(error),
@@ -214,6 +253,11 @@ impl FuseMount {
         let _ = self.ended.clone().wait_for(|ended| *ended).await;
     }
 
+    /// Gives who waits for bytes on their way an error now, and from now on.
+    pub fn end_waits(&self) {
+        self.waits.cancel();
+    }
+
     /// Takes the mount away. What is open stays readable until it is closed, and until
     /// then the session goes on: wait for [`FuseMount::ended`] before dropping it. Blocks.
     ///
@@ -230,6 +274,7 @@ impl FuseMount {
 
 impl Drop for FuseMount {
     fn drop(&mut self) {
+        self.end_waits();
         if let Err(error) = self.unmount() {
             tracing::warn!(%error, "left a mount behind");
         }

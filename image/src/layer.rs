@@ -27,6 +27,9 @@
 //! buffer, so that no byte is written twice.
 //! A decoder's state cannot be saved, so a compressed layer goes on at the border of a zstd frame or gzip
 //! member ([`inflate`]): what many programs write in one piece starts again.
+//!
+//! A layer that somebody reads while it arrives goes another way ([`landing`]), since its bytes
+//! come out of order.
 
 use std::io;
 use std::path::PathBuf;
@@ -45,7 +48,10 @@ mod back;
 mod file;
 mod front;
 mod inflate;
+mod landing;
+mod listing;
 mod plan;
+mod ranges;
 mod sift;
 pub(crate) mod tar;
 mod unpack;
@@ -53,7 +59,10 @@ mod unpack;
 use back::Unpacking;
 pub(crate) use file::{Buffer, FileReader};
 use front::{Front, Marks, Step};
+pub(crate) use landing::{End, Landing, Piece, Verifier};
+pub(crate) use listing::{Lister, Listing};
 pub(crate) use plan::{Local, Plan, Told, overlaps};
+pub(crate) use ranges::Ranges;
 pub(crate) use sift::{Sifted, Wanted, sift};
 pub(crate) use tar::clean_path;
 use unpack::{Progress, Unpacker};

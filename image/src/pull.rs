@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
@@ -36,6 +36,7 @@ use crate::source::{PullSecret, SourceError, Sources};
 use crate::store::{PinRequest, Sizes, Store, StoreError, StoredImage};
 
 mod access;
+mod arrive;
 mod board;
 mod fetch;
 mod flight;
@@ -46,6 +47,7 @@ mod plan;
 mod run;
 mod skip;
 mod slots;
+mod stream;
 mod verify;
 
 pub use access::{AccessCheck, RegistryAway};
@@ -56,7 +58,11 @@ pub use pace::Bandwidth;
 pub use plan::{Plan, PlannedImage};
 pub use slots::Priority;
 use slots::Slots;
+pub use stream::{Arriving, ArrivingFile, NotComing};
 pub use verify::{Damage, Outcome, VerifyOptions, VerifyReport};
+
+/// Layers that are listed at the same time: each is a request after the other.
+const LOOKS: usize = 8;
 
 /// Limits of a [`Puller`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +107,8 @@ pub struct PullRequest {
     pub priority: Priority,
     /// Pins the image before anything could evict it.
     pub pin: Option<PinRequest>,
+    /// Whether the image is to be read while it arrives: see [`PullHandle::arriving`].
+    pub stream: bool,
 }
 
 impl PullRequest {
@@ -115,6 +123,7 @@ impl PullRequest {
             access: None,
             priority: Priority::Demand,
             pin: None,
+            stream: false,
         }
     }
 }
@@ -288,6 +297,8 @@ struct Inner {
     images: Flights<ImageKey, Result<Pulled, PullError>, Arc<Entry>>,
     layers: layers::LayerFlights,
     slots: Arc<Slots>,
+    /// Layers that are being listed before they are fetched.
+    looks: Semaphore,
     /// What the store has by size; held on blocking threads only.
     sizes: Arc<Mutex<Sizes>>,
     board: Board,
@@ -309,6 +320,7 @@ struct ImageKey {
     secret: PullSecret,
     access: Option<AccessCheck>,
     pin: Option<PinRequest>,
+    stream: bool,
 }
 
 impl Puller {
@@ -325,6 +337,7 @@ impl Puller {
                 images: Flights::default(),
                 layers: Flights::default(),
                 slots: Arc::new(Slots::new(options.concurrent_layers)),
+                looks: Semaphore::new(LOOKS),
                 sizes: Arc::default(),
                 board: Board::default(),
                 skipped: AtomicU64::new(0),
@@ -354,6 +367,7 @@ impl Puller {
             secret: request.secret.clone(),
             access: request.access,
             pin: request.pin.clone(),
+            stream: request.stream,
         };
         let (inner, priority) = (Arc::clone(&self.inner), request.priority);
         let flight = self.inner.images.join(&key, |stop| {
@@ -445,12 +459,31 @@ impl PullHandle {
         }
     }
 
+    /// Waits until the image can be looked at while it arrives: all names and sizes are known. `None`
+    /// where the pull has ended before, since the image was here or the pull failed, and where it was
+    /// not asked to [`PullRequest::stream`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`PullHandle::wait`].
+    pub async fn arriving(&self) -> Option<Arc<Arriving>> {
+        let mut arriving = self.flight.state.arriving.subscribe();
+        tokio::select! {
+            biased;
+            shown = arriving.wait_for(Option::is_some) => shown.ok()?.clone(),
+            _ = self.flight.wait() => None,
+        }
+    }
+
     /// Lets the pull go on to its end without anybody waiting.
     pub fn detach(self) {
         self.flight.detach();
     }
 }
 
+#[cfg(test)]
+#[path = "pull/stream_tests.rs"]
+mod stream_tests;
 #[cfg(test)]
 #[path = "pull/tests.rs"]
 mod tests;

@@ -128,6 +128,11 @@ impl Image {
         self.layers.iter().map(|digest| self.blobs[digest].len() as u64).sum()
     }
 
+    /// The bytes of a layer as it travels.
+    pub fn size_of(&self, layer: &Digest) -> u64 {
+        self.blobs[layer].len() as u64
+    }
+
     /// Whether a request for `target` is for its manifest, by digest, or for a blob of it.
     pub fn has(&self, target: &str) -> bool {
         let digests = self.blobs.keys().copied().chain([self.digest()]);

@@ -27,16 +27,31 @@ struct Mounted {
     reference: String,
     digest: String,
     target: PathBuf,
+    /// Not all of it was here when it was mounted.
+    arriving: bool,
+    /// Layers that had to be complete before.
+    waited_for: usize,
 }
 
 impl Mounted {
     fn new(reference: &Reference, digest: &Digest, target: PathBuf) -> Self {
-        Self { reference: reference.to_string(), digest: digest.to_string(), target }
+        let (reference, digest) = (reference.to_string(), digest.to_string());
+        Self { reference, digest, target, arriving: false, waited_for: 0 }
     }
 
     fn print(&self, output: Output) -> anyhow::Result<()> {
-        let text = |m: &Self| format!("{} on {} (read-only)", m.reference, m.target.display());
-        print(output, self, text)
+        print(output, self, |m| {
+            let arriving = if m.arriving { ", arriving" } else { "" };
+            let mut text =
+                format!("{} on {} (read-only{arriving})", m.reference, m.target.display());
+            if m.waited_for > 0 {
+                text += &format!(
+                    "; {} of its layers cannot be read before they are complete, and were waited for",
+                    m.waited_for
+                );
+            }
+            text
+        })
     }
 }
 
@@ -52,13 +67,18 @@ pub(super) async fn mount(
         Ok(path) => path,
         Err(why) => bail!("--path {:?} {why}; name a folder of the image", arguments.path),
     };
-    if !rustix::process::geteuid().is_root() {
+    let is_root = rustix::process::geteuid().is_root();
+    if !is_root || arguments.serve.is_some() {
         return served::mount(global, config, arguments, target, path).await;
     }
-    if arguments.foreground {
+    let puller = open_puller(&config)?;
+    if arguments.stream && puller.store().lookup(&arguments.reference)?.is_none() {
+        drop(puller);
+        return served::mount(global, config, arguments, target, path).await;
+    }
+    if arguments.foreground && !arguments.stream {
         bail!("--foreground: for ordinary users; a mount of root's needs no process to stay");
     }
-    let puller = open_puller(&config)?;
     let pulled = pull_one(global.output, &puller, &arguments.reference).await?;
     let (store, reference) = (puller.store().clone(), arguments.reference.clone());
     let target = tokio::task::spawn_blocking(move || {

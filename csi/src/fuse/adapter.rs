@@ -144,13 +144,20 @@ impl Filesystem for Adapter {
         offset: u64,
         size: u32,
     ) -> Result<ReplyData> {
-        let read = match self.0.read(fh, offset, size)?.now() {
-            Ok(Progress::Ready(data)) => Ok(data),
-            Ok(Progress::Waiting(reading)) => {
-                let read = tokio::task::spawn_blocking(move || reading.wait());
-                read.await.map_err(|error| self.damaged(inode, error))?
+        let mut reading = self.0.read(fh, offset, size)?;
+        let read = loop {
+            match reading.now() {
+                Ok(Progress::Ready(data)) => break Ok(data),
+                Ok(Progress::Waiting(reading)) => {
+                    let read = tokio::task::spawn_blocking(move || reading.wait());
+                    break read.await.map_err(|error| self.damaged(inode, error))?;
+                }
+                Ok(Progress::Missing(missing)) => {
+                    self.0.arrival(inode, &missing).await?;
+                    reading = missing;
+                }
+                Err(error) => break Err(error),
             }
-            Err(error) => Err(error),
         };
         Ok(read.map_err(|error| self.damaged(inode, error))?.into())
     }

@@ -9,7 +9,9 @@
 //! - **Nothing outside the tree is opened**: files are opened by their path beneath the
 //!   root, through no symbolic link.
 //! - **Bytes are right or there are none**: a stored file that is not as it was at the
-//!   start is an I/O error.
+//!   start is an I/O error, and so is a layer that turns out wrong while it arrives. Until
+//!   then nobody knows of that layer.
+//! - **No wait is endless**: bytes that do not arrive in time are an I/O error.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -18,12 +20,15 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use carport_image::pull::{Arriving, ArrivingFile};
 use rustix::fs::{Access, FileType, OFlags};
 use rustix::io::Errno;
+use tokio_util::sync::CancellationToken;
 
 use super::read::{Buffers, MAX_READ, OpenFile, Reading};
-use super::table::{Attributes, Content, Kind, Node, Table, open_beneath, size};
+use super::table::{Attributes, Content, Kind, Node, Place, Table, open_beneath, size};
 
 /// What is answered instead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +50,8 @@ pub(super) enum FsError {
     TooManyOpen,
     /// The store is damaged or its disk is.
     Damaged,
+    /// The bytes have not arrived, or turned out to be wrong.
+    NotArrived,
 }
 
 impl FsError {
@@ -60,7 +67,7 @@ impl FsError {
             Self::BadHandle => libc::EBADF,
             Self::Invalid => libc::EINVAL,
             Self::TooManyOpen => libc::ENFILE,
-            Self::Damaged => libc::EIO,
+            Self::Damaged | Self::NotArrived => libc::EIO,
         }
     }
 }
@@ -89,6 +96,10 @@ pub(super) struct Fs {
     handles: Mutex<Handles>,
     buffers: Arc<Buffers>,
     complaints: AtomicU32,
+    /// How long a read waits for bytes on their way.
+    patience: Duration,
+    /// Ends all such waits.
+    stop: CancellationToken,
 }
 
 /// Damage that is logged. A reader that tries for ever must not fill the disk with log.
@@ -108,13 +119,35 @@ impl Fs {
     /// With the path, relative to `root`, that could not be read.
     pub(super) fn load(root: OwnedFd) -> Result<Self, (PathBuf, io::Error)> {
         let table = Table::load(root.as_fd())?;
-        Ok(Self {
+        Ok(Self::new(root, table, Duration::ZERO, CancellationToken::new()))
+    }
+
+    /// Shows the folder `path` of an image that arrives. `objects` is the store's folder of objects, for
+    /// files that are here already. A read waits for `patience` at most, and until `stop`.
+    ///
+    /// # Errors
+    ///
+    /// With what is no folder of the image.
+    pub(super) fn arriving(
+        image: &Arriving,
+        path: Option<&Path>,
+        objects: OwnedFd,
+        patience: Duration,
+        stop: CancellationToken,
+    ) -> Result<Self, (PathBuf, io::Error)> {
+        Ok(Self::new(objects, Table::arriving(image, path)?, patience, stop))
+    }
+
+    fn new(root: OwnedFd, table: Table, patience: Duration, stop: CancellationToken) -> Self {
+        Self {
             root,
             table,
             handles: Mutex::default(),
             buffers: Arc::default(),
             complaints: AtomicU32::new(0),
-        })
+            patience,
+            stop,
+        }
     }
 
     fn node(&self, inode: u64) -> Result<&Node, FsError> {
@@ -191,12 +224,14 @@ impl Fs {
         if to_write {
             return Err(FsError::ReadOnly);
         }
-        let path = match &node.content {
-            Content::File(path) => path,
+        let size = node.attributes.size;
+        let file = match &node.content {
+            Content::File(Place::Stored(path)) => self.open_stored(path, size)?,
+            Content::File(Place::Arriving(path, file)) => self.open_arriving(path, file, size)?,
+            Content::File(Place::Empty) => OpenFile { file: None, size, arriving: None },
             Content::Folder { .. } => return Err(FsError::IsFolder),
             Content::Link(_) => return Err(FsError::Invalid),
         };
-        let file = self.open_stored(path, node.attributes.size)?;
         let mut handles = self.handles();
         handles.last += 1;
         let handle = handles.last;
@@ -216,7 +251,55 @@ impl Fs {
         {
             return Err(damaged(format!("not the file of {expected} bytes that it was")));
         }
-        Ok(OpenFile { file, size: expected })
+        Ok(OpenFile { file: Some(file), size: expected, arriving: None })
+    }
+
+    fn open_arriving(
+        &self,
+        path: &Path,
+        file: &ArrivingFile,
+        size: u64,
+    ) -> Result<OpenFile, FsError> {
+        // What turned out wrong is not opened any more; what is missing may still come.
+        file.has(0..0).map_err(|why| self.not_arrived(path, &why.to_string()))?;
+        match file.open() {
+            Ok(opened) => {
+                let arriving = Some(file.clone());
+                Ok(OpenFile { file: Some(opened.into()), size, arriving })
+            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                Err(FsError::TooManyOpen)
+            }
+            Err(error) => Err(self.damaged(path, &error.to_string())),
+        }
+    }
+
+    /// Waits until the bytes of `reading`, of the file `inode`, have arrived.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait.
+    pub(super) async fn arrival(&self, inode: u64, reading: &Reading) -> Result<(), FsError> {
+        let arrived = tokio::time::timeout(self.patience, reading.arrival());
+        let arrived = tokio::select! {
+            arrived = arrived => arrived,
+            () = self.stop.cancelled() => return Err(FsError::NotArrived),
+        };
+        match arrived {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(self.not_arrived(self.path(inode), &why.to_string())),
+            Err(_) => {
+                let why = format!("its bytes did not come within {:?}", self.patience);
+                Err(self.not_arrived(self.path(inode), &why))
+            }
+        }
+    }
+
+    fn not_arrived(&self, path: &Path, why: &str) -> FsError {
+        if self.complaints.fetch_add(1, Ordering::Relaxed) < MAX_COMPLAINTS {
+            tracing::error!(path = %path.display(), why, "gave a reader an error");
+        }
+        FsError::NotArrived
     }
 
     /// Tells people that `path` is not readable as it was, and the caller that it is not.
@@ -228,10 +311,10 @@ impl Fs {
         FsError::Damaged
     }
 
-    /// Where the file is beneath the root; for messages.
+    /// Where the file is beneath the root or in the image; for messages.
     pub(super) fn path(&self, inode: u64) -> &Path {
         match self.table.get(inode).map(|node| &node.content) {
-            Some(Content::File(path)) => path,
+            Some(Content::File(Place::Stored(path) | Place::Arriving(path, _))) => path,
             _ => Path::new("?"),
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Reading ─ now() ─┬─► Ready(bytes)              what the page cache had
-//!                  └─► Waiting(Reading) ─ wait() ─► bytes, on a thread that may block
+//!                  ├─► Waiting(Reading) ─ wait() ─► bytes, on a thread that may block
+//!                  └─► Missing(Reading) ─ arrival() ─► again, once the pull has brought them
 //! ```
 //!
 //! A buffer goes back to its pool when the kernel has its bytes. It stays initialised
@@ -13,6 +14,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use carport_image::pull::ArrivingFile;
 use rustix::io::{Errno, ReadWriteFlags};
 
 /// The largest read that the kernel sends: 256 pages, the most that FUSE negotiates.
@@ -24,9 +26,12 @@ const IDLE_BUFFERS: usize = 16;
 /// A file of the tree that somebody has open.
 #[derive(Debug)]
 pub(super) struct OpenFile {
-    pub(super) file: OwnedFd,
+    /// Absent for a file without bytes that is stored nowhere yet.
+    pub(super) file: Option<OwnedFd>,
     /// Its bytes; what is stored never grows or shrinks.
     pub(super) size: u64,
+    /// Knows which of them are here, where not all were from the start.
+    pub(super) arriving: Option<ArrivingFile>,
 }
 
 /// A pool of buffers of [`MAX_READ`] bytes.
@@ -79,7 +84,10 @@ pub(super) struct Reading {
 #[derive(Debug)]
 pub(super) enum Progress {
     Ready(Bytes),
+    /// The disk has them.
     Waiting(Reading),
+    /// They have not come.
+    Missing(Reading),
 }
 
 impl Reading {
@@ -97,11 +105,32 @@ impl Reading {
 
     /// Reads what is in the page cache; never waits for the disk.
     pub(super) fn now(mut self) -> io::Result<Progress> {
+        if let Some(arriving) = &self.file.arriving
+            && !arriving.has(self.range()).map_err(io::Error::other)?
+        {
+            return Ok(Progress::Missing(self));
+        }
         match self.fill(ReadWriteFlags::NOWAIT) {
             Ok(()) => Ok(Progress::Ready(self.done())),
             // OPNOTSUPP: a file system that cannot tell whether it would wait.
             Err(Errno::AGAIN | Errno::OPNOTSUPP) => Ok(Progress::Waiting(self)),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    fn range(&self) -> std::ops::Range<u64> {
+        self.offset..self.offset.saturating_add(self.wanted as u64)
+    }
+
+    /// Has what it wants fetched, and waits until it is here.
+    ///
+    /// # Errors
+    ///
+    /// When it will not come.
+    pub(super) async fn arrival(&self) -> io::Result<()> {
+        match &self.file.arriving {
+            Some(arriving) => arriving.wait(self.range()).await.map_err(io::Error::other),
+            None => Ok(()),
         }
     }
 
@@ -116,7 +145,8 @@ impl Reading {
             let at = self.offset + self.buffer.filled as u64;
             let space = &mut self.buffer.bytes[self.buffer.filled..self.wanted];
             let mut space = [IoSliceMut::new(space)];
-            match rustix::io::preadv2(self.file.file.as_fd(), &mut space, at, flags) {
+            let Some(file) = &self.file.file else { return Err(Errno::IO) };
+            match rustix::io::preadv2(file.as_fd(), &mut space, at, flags) {
                 // Shorter than it was: the store is damaged, and zeroes would be a lie.
                 Ok(0) => return Err(Errno::IO),
                 Ok(count) => self.buffer.filled += count,

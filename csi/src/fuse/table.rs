@@ -7,14 +7,19 @@
 //!
 //! Names of one file (hard links in the tree) are one inode, so that the kernel
 //! caches its pages once.
+//!
+//! Of an image that arrives there is no such tree yet: then the table is made of what its layers
+//! say, and its files are the same in all that a reader can tell but for inode numbers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
+use carport_image::pull::{Arriving, ArrivingFile};
+use carport_image::{ObjectId, tree};
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
 
 /// Number of the root folder, as FUSE has it.
@@ -59,11 +64,24 @@ pub(super) struct Node {
 #[derive(Debug)]
 pub(super) enum Content {
     /// Its parent, and its children sorted by name.
-    Folder { parent: u64, children: Vec<Child> },
-    /// Where it is beneath the root.
-    File(Box<Path>),
+    Folder {
+        parent: u64,
+        children: Vec<Child>,
+    },
+    File(Place),
     /// The text of the link.
     Link(Box<OsStr>),
+}
+
+/// Where a file's bytes are.
+#[derive(Debug)]
+pub(super) enum Place {
+    /// Beneath the root.
+    Stored(Box<Path>),
+    /// Of this path in the image, and still on their way.
+    Arriving(Box<Path>, ArrivingFile),
+    /// Nowhere: it has none.
+    Empty,
 }
 
 #[derive(Debug)]
@@ -90,6 +108,34 @@ impl Table {
         Walk { root, table: Self { nodes: Vec::new(), bytes: 0 }, files: HashMap::new() }.all()
     }
 
+    /// The table of what an image has in the folder `path`. Stored files are named by their path below
+    /// the store's `objects`.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such folder.
+    pub(super) fn arriving(
+        image: &Arriving,
+        path: Option<&Path>,
+    ) -> Result<Self, (PathBuf, io::Error)> {
+        let mut folder = image.tree().root();
+        for name in path.into_iter().flatten() {
+            match name.to_str().and_then(|name| folder.get(name)) {
+                Some(tree::Node::Directory(children)) => folder = children,
+                _ => {
+                    let error = io::Error::from(io::ErrorKind::NotADirectory);
+                    return Err((path.unwrap_or(Path::new("")).to_owned(), error));
+                }
+            }
+        }
+        let mut made =
+            Making { image, table: Self { nodes: Vec::new(), bytes: 0 }, files: HashMap::new() };
+        match made.all(folder) {
+            Ok(()) => Ok(made.table),
+            Err(error) => Err((PathBuf::from("."), error)),
+        }
+    }
+
     pub(super) fn get(&self, inode: u64) -> Option<&Node> {
         self.nodes.get(usize::try_from(inode.checked_sub(1)?).ok()?)
     }
@@ -105,11 +151,17 @@ impl Table {
     }
 
     fn add(&mut self, stat: &Stat, kind: Kind, content: Content) -> io::Result<u64> {
+        self.push(attributes(0, kind, stat), content)
+    }
+
+    /// Adds a node, whose inode number is given here.
+    fn push(&mut self, mut attributes: Attributes, content: Content) -> io::Result<u64> {
         if self.nodes.len() == MAX_NODES {
             return Err(io::Error::other(format!("more than {MAX_NODES} entries")));
         }
-        let inode = self.nodes.len() as u64 + 1;
-        self.nodes.push(Node { attributes: attributes(inode, kind, stat), content });
+        attributes.inode = self.nodes.len() as u64 + 1;
+        let inode = attributes.inode;
+        self.nodes.push(Node { attributes, content });
         Ok(inode)
     }
 
@@ -202,10 +254,84 @@ impl Walk<'_> {
             attributes.links += 1;
             return Ok(known);
         }
-        let inode = self.table.add(stat, Kind::File, Content::File(path.into_boxed_path()))?;
+        let content = Content::File(Place::Stored(path.into_boxed_path()));
+        let inode = self.table.add(stat, Kind::File, content)?;
         self.table.bytes += size(stat);
         self.files.insert(below, inode);
         Ok(inode)
+    }
+}
+
+/// Makes a table of what is told of a tree.
+struct Making<'a> {
+    image: &'a Arriving,
+    table: Table,
+    /// Inodes by object.
+    files: HashMap<ObjectId, u64>,
+}
+
+impl Making<'_> {
+    fn all(&mut self, root: &BTreeMap<String, tree::Node>) -> io::Result<()> {
+        let folder = |parent| Content::Folder { parent, children: Vec::new() };
+        let made = told(Kind::Folder, 0o755, 0);
+        let root = (self.table.push(made, folder(ROOT))?, PathBuf::new(), root);
+        let mut folders = vec![root];
+        while let Some((inode, path, entries)) = folders.pop() {
+            let (mut children, mut subfolders) = (Vec::with_capacity(entries.len()), 0);
+            for (name, node) in entries {
+                let at = path.join(name);
+                let child = match node {
+                    tree::Node::Directory(entries) => {
+                        let child = self.table.push(made, folder(inode))?;
+                        folders.push((child, at, entries));
+                        subfolders += 1;
+                        child
+                    }
+                    tree::Node::File { size, object } => self.file(*size, *object, at)?,
+                    tree::Node::Symlink(text) => {
+                        let attributes = told(Kind::Link, 0o777, text.len() as u64);
+                        self.table.push(attributes, Content::Link(OsStr::new(text).into()))?
+                    }
+                };
+                children.push(Child { name: OsStr::new(name).into(), inode: child });
+            }
+            self.table.fill(inode, children, subfolders);
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, size: u64, object: ObjectId, path: PathBuf) -> io::Result<u64> {
+        if let Some(&known) = self.files.get(&object)
+            && let Some(attributes) = self.table.attributes_mut(known)
+        {
+            attributes.links += 1;
+            return Ok(known);
+        }
+        let place = match self.image.file(&object) {
+            Some(file) => Place::Arriving(path.into_boxed_path(), file.clone()),
+            None if size == 0 => Place::Empty,
+            None => Place::Stored(object.path().into_boxed_path()),
+        };
+        let permissions = if object.executable() { 0o555 } else { 0o444 };
+        let inode = self.table.push(told(Kind::File, permissions, size), Content::File(place))?;
+        self.table.bytes += size;
+        self.files.insert(object, inode);
+        Ok(inode)
+    }
+}
+
+/// What the store will say of such a thing.
+fn told(kind: Kind, permissions: u16, size: u64) -> Attributes {
+    Attributes {
+        inode: 0,
+        kind,
+        permissions,
+        size,
+        blocks: if kind == Kind::File { size.div_ceil(512) } else { 0 },
+        links: 1,
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+        modified: (0, 0),
     }
 }
 

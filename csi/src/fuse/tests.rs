@@ -25,6 +25,7 @@ fn read(fs: &Fs, handle: u64, offset: u64, size: u32) -> Result<Bytes, FsError> 
     match fs.read(handle, offset, size)?.now().map_err(|_| FsError::Damaged)? {
         Progress::Ready(bytes) => Ok(bytes),
         Progress::Waiting(reading) => reading.wait().map_err(|_| FsError::Damaged),
+        Progress::Missing(_) => Err(FsError::NotArrived),
     }
 }
 

@@ -26,7 +26,7 @@ const MAX_ENTRIES: usize = 1_000_000;
 
 /// Up to here each file is synced by itself; a layer of more small files is synced by one flush of
 /// the file system, since each sync costs a commit of the journal.
-const SYNC_EACH: usize = 128;
+pub(super) const SYNC_EACH: usize = 128;
 
 /// Takes a layer's uncompressed bytes, writes its files into an ingest folder.
 pub(crate) struct Unpacker {
@@ -291,43 +291,16 @@ impl Unpacker {
     }
 
     fn begin(&mut self, member: Member) -> Result<(), LayerError> {
-        if self.progress.entries.len() >= MAX_ENTRIES {
-            return Err(LayerError::Refused(format!("more than {MAX_ENTRIES} entries")));
+        room_for_more(self.progress.entries.len())?;
+        match Meaning::of(member)? {
+            Meaning::Nothing => {}
+            Meaning::Entry(entry) => self.progress.entries.push(entry),
+            Meaning::File { path, size, executable } => {
+                // Its header has just been read.
+                let offset = self.offset();
+                self.open(path, size, executable, offset);
+            }
         }
-        let Member { path, kind } = member;
-        if ESTARGZ.contains(&path.as_str()) {
-            return Ok(());
-        }
-        let (folder, name) = path.rsplit_once('/').unwrap_or(("", &path));
-        let entry = if name == OPAQUE {
-            LayerEntry::Opaque { path: folder.to_owned() }
-        } else if let Some(hidden) = name.strip_prefix(WHITEOUT) {
-            if hidden.starts_with(WHITEOUT) {
-                // AUFS's own bookkeeping, which some old images carry.
-                return Ok(());
-            }
-            if hidden.is_empty() || hidden == "." || hidden == ".." {
-                return Err(LayerError::Refused(format!("entry {path:?}: a whiteout of nothing")));
-            }
-            let path =
-                if folder.is_empty() { hidden.to_owned() } else { format!("{folder}/{hidden}") };
-            LayerEntry::Whiteout { path }
-        } else {
-            match kind {
-                MemberKind::Directory if path.is_empty() => return Ok(()),
-                MemberKind::Directory => LayerEntry::Directory { path },
-                MemberKind::Symlink { target } => LayerEntry::Symlink { path, target },
-                MemberKind::Hardlink { target } => LayerEntry::Hardlink { path, target },
-                MemberKind::File { size: 0, executable } => empty_file(path, executable),
-                MemberKind::File { size, executable } => {
-                    // Its header has just been read.
-                    let offset = self.offset();
-                    self.open(path, size, executable, offset);
-                    return Ok(());
-                }
-            }
-        };
-        self.progress.entries.push(entry);
         Ok(())
     }
 
@@ -375,7 +348,63 @@ impl Unpacker {
     }
 }
 
-fn empty_file(path: String, executable: bool) -> LayerEntry {
+/// What a member of a tar is to a layer.
+pub(super) enum Meaning {
+    /// Nothing of the image.
+    Nothing,
+    Entry(LayerEntry),
+    /// A file with content, which comes next.
+    File {
+        path: String,
+        size: u64,
+        executable: bool,
+    },
+}
+
+impl Meaning {
+    pub(super) fn of(member: Member) -> Result<Self, LayerError> {
+        let Member { path, kind } = member;
+        if ESTARGZ.contains(&path.as_str()) {
+            return Ok(Self::Nothing);
+        }
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", &path));
+        if name == OPAQUE {
+            return Ok(Self::Entry(LayerEntry::Opaque { path: folder.to_owned() }));
+        }
+        if let Some(hidden) = name.strip_prefix(WHITEOUT) {
+            if hidden.starts_with(WHITEOUT) {
+                // AUFS's own bookkeeping, which some old images carry.
+                return Ok(Self::Nothing);
+            }
+            if hidden.is_empty() || hidden == "." || hidden == ".." {
+                return Err(LayerError::Refused(format!("entry {path:?}: a whiteout of nothing")));
+            }
+            let path =
+                if folder.is_empty() { hidden.to_owned() } else { format!("{folder}/{hidden}") };
+            return Ok(Self::Entry(LayerEntry::Whiteout { path }));
+        }
+        Ok(Self::Entry(match kind {
+            MemberKind::Directory if path.is_empty() => return Ok(Self::Nothing),
+            MemberKind::Directory => LayerEntry::Directory { path },
+            MemberKind::Symlink { target } => LayerEntry::Symlink { path, target },
+            MemberKind::Hardlink { target } => LayerEntry::Hardlink { path, target },
+            MemberKind::File { size: 0, executable } => empty_file(path, executable),
+            MemberKind::File { size, executable } => {
+                return Ok(Self::File { path, size, executable });
+            }
+        }))
+    }
+}
+
+/// Refuses one entry more than a layer may have.
+pub(super) fn room_for_more(entries: usize) -> Result<(), LayerError> {
+    match entries {
+        MAX_ENTRIES.. => Err(LayerError::Refused(format!("more than {MAX_ENTRIES} entries"))),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn empty_file(path: String, executable: bool) -> LayerEntry {
     let object = ObjectId::new(blake3::hash(b""), executable);
     LayerEntry::File { path, size: 0, object, offset: None }
 }

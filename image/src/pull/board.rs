@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::layers::LayerState;
 use super::slots::{Priority, Urgency};
+use super::stream::Arriving;
 use super::{PullError, PullProgress, PullState, Pulled};
 use crate::digest::Digest;
 use crate::reference::Reference;
@@ -27,6 +28,8 @@ pub(super) struct Board {
 pub(super) struct Entry {
     pub(super) reference: Reference,
     pub(super) urgency: Arc<Urgency>,
+    /// The image as it can be seen before it is complete, where the pull is to show it.
+    pub(super) arriving: watch::Sender<Option<Arc<Arriving>>>,
     started_at: SystemTime,
     stage: Mutex<Stage>,
     changes: watch::Sender<u64>,
@@ -54,6 +57,7 @@ impl Board {
         let entry = Arc::new(Entry {
             reference: reference.clone(),
             urgency: Arc::new(Urgency::new(priority)),
+            arriving: watch::Sender::new(None),
             started_at: SystemTime::now(),
             stage: Mutex::new(Stage {
                 state: PullState::Resolving,

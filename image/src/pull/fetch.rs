@@ -24,13 +24,13 @@ use std::time::{Duration, Instant};
 use backon::BackoffBuilder as _;
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::PullError;
 use super::layers::LayerState;
 use super::pace::Pace;
-use crate::layer::Chunk;
+use crate::layer::{Chunk, Piece};
 use crate::manifest::Blob;
 use crate::source::{BlobBody, Source, SourceError};
 
@@ -52,11 +52,30 @@ pub(super) type Credit = Arc<OwnedSemaphorePermit>;
 pub(super) struct Fetcher {
     window: Arc<Semaphore>,
     window_credits: u32,
-    connections: usize,
+    pub(super) connections: usize,
     attempts: u32,
     pub(super) pace: Arc<Pace>,
     /// Bytes of blobs that came from sources, whatever became of them.
     came: Arc<AtomicU64>,
+    /// Pieces that somebody waits for, which need no credit of the window.
+    asked: Arc<Semaphore>,
+    /// How many of them are under way.
+    asked_now: Arc<watch::Sender<usize>>,
+}
+
+/// Pieces of 4 MiB under way at once because somebody waits for them, over all pulls.
+const ASKED_PIECES: usize = 8;
+
+/// How long other pieces stand back for those at most: theirs may come from a place that stalls.
+const STAND_BACK: Duration = Duration::from_secs(1);
+
+/// Counts a piece that somebody waits for, while it is under way.
+struct AskedNow(Arc<watch::Sender<usize>>);
+
+impl Drop for AskedNow {
+    fn drop(&mut self) {
+        self.0.send_modify(|asked| *asked -= 1);
+    }
 }
 
 impl Fetcher {
@@ -70,12 +89,58 @@ impl Fetcher {
             attempts: attempts.max(1),
             pace: Arc::new(Pace::new()),
             came: Arc::default(),
+            asked: Arc::new(Semaphore::new(ASKED_PIECES)),
+            asked_now: Arc::new(watch::Sender::new(0)),
         }
     }
 
     /// Bytes of blobs that came from sources since the start, those that were of no use included.
     pub(super) fn came(&self) -> u64 {
         self.came.load(Ordering::Relaxed)
+    }
+
+    /// Hands the bytes of `piece` on as they come, those that have come together at once.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the transfer; what was handed on is all that came.
+    pub(super) async fn piece<F>(
+        &self,
+        source: &Arc<dyn Source>,
+        blob: Blob,
+        piece: Piece,
+        state: &LayerState,
+        mut land: impl FnMut(u64, Vec<Bytes>) -> F,
+    ) -> Result<(), PullError>
+    where
+        F: Future<Output = Result<(), PullError>>,
+    {
+        let Piece { range, asked } = piece;
+        let (credit, _counted) = if asked {
+            self.asked_now.send_modify(|asked| *asked += 1);
+            let counted = AskedNow(Arc::clone(&self.asked_now));
+            (acquire(&self.asked, 1).await?, Some(counted))
+        } else {
+            let mut asked_now = self.asked_now.subscribe();
+            let quiet = asked_now.wait_for(|asked| *asked == 0);
+            // Either way it is this piece's turn then.
+            let _ = tokio::time::timeout(STAND_BACK, quiet).await;
+            self.pace.turn(&state.urgency).await;
+            (self.credit(length(&range)).await?, None)
+        };
+        let mut at = range.start;
+        let reader = self.reader(Arc::clone(source), blob, range, state.clone());
+        let mut under_way = spawn(reader, credit);
+        while let Some(chunk) = under_way.chunks.recv().await {
+            let mut together = vec![chunk?.bytes];
+            while let Ok(chunk) = under_way.chunks.try_recv() {
+                together.push(chunk?.bytes);
+            }
+            let length: usize = together.iter().map(Bytes::len).sum();
+            land(at, together).await?;
+            at += length as u64;
+        }
+        Ok(())
     }
 
     /// Sends the bytes of `ranges` of the blob, in order, into `out`; no chunk holds bytes of two
@@ -155,9 +220,10 @@ impl Fetcher {
         state: LayerState,
     ) -> Result<Option<Bytes>, PullError> {
         let mut bytes = BytesMut::with_capacity(length(&range) as usize);
+        let is_part = length(&range) < blob.size;
         let mut reader = self.reader(source, blob, range, state);
         reader.open().await?;
-        if reader.is_whole_blob() {
+        if is_part && reader.is_whole_blob() {
             return Ok(None);
         }
         while let Some(chunk) = reader.next().await? {
@@ -224,16 +290,19 @@ impl Fetcher {
     }
 
     async fn credit(&self, bytes: u64) -> Result<Credit, PullError> {
-        let window = Arc::clone(&self.window);
-        let permit = window.acquire_many_owned(self.amount(bytes)).await;
-        permit
-            .map(Arc::new)
-            .map_err(|_| PullError::Cancelled("the puller has been shut down".to_owned()))
+        acquire(&self.window, self.amount(bytes)).await
     }
 
     fn try_credit(&self, bytes: u64) -> Option<Credit> {
         Arc::clone(&self.window).try_acquire_many_owned(self.amount(bytes)).ok().map(Arc::new)
     }
+}
+
+async fn acquire(from: &Arc<Semaphore>, permits: u32) -> Result<Credit, PullError> {
+    let permit = Arc::clone(from).acquire_many_owned(permits).await;
+    permit
+        .map(Arc::new)
+        .map_err(|_| PullError::Cancelled("the puller has been shut down".to_owned()))
 }
 
 /// The ranges, cut into what one request asks for.

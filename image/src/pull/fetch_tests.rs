@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use async_trait::async_trait;
 use futures_util::stream;
 
+use super::super::arrive::Shown;
 use super::super::meter::Meter;
 use super::super::pace::Bandwidth;
 use super::super::slots::{Priority, Urgency};
@@ -95,6 +96,7 @@ fn state(priority: Priority) -> LayerState {
     LayerState {
         meter: Arc::new(Meter::new(Instant::now())),
         urgency: Arc::new(Urgency::new(priority)),
+        shown: Shown::default(),
     }
 }
 

@@ -126,6 +126,11 @@ impl<K: Eq + Hash + Clone, V: Clone, S: Clone> Flight<K, V, S> {
         }
     }
 
+    /// What it is the flight of.
+    pub(super) fn key(&self) -> &K {
+        &self.key
+    }
+
     /// Waits for the result; `None` when the work died without one.
     ///
     /// # Cancel safety

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
+use super::arrive::{Origin, Shown, only};
 use super::flight::{Flight, Flights};
 use super::meter::Meter;
 use super::skip::Subject;
@@ -18,6 +19,7 @@ use crate::digest::Digest;
 use crate::layer::{LayerError, Plan, Resumed};
 use crate::manifest::Layer;
 use crate::source::Source;
+use crate::store::Ingest;
 
 /// Chunks between network and layer; their memory counts in the window.
 const QUEUE: usize = 64;
@@ -37,6 +39,8 @@ pub(super) struct LayerDone {
 pub(super) struct LayerState {
     pub(super) meter: Arc<Meter>,
     pub(super) urgency: Arc<Urgency>,
+    /// What can be read of it already, where it is to be read before it is complete.
+    pub(super) shown: Shown,
 }
 
 /// Two images may disagree on how a layer is read and what it unpacks to; of the latter one is wrong.
@@ -52,22 +56,45 @@ impl Inner {
         layer: Layer,
         diff_id: Option<Digest>,
         urgency: &Urgency,
+        stream: bool,
     ) -> LayerFlight {
         self.layers.join(&(layer, diff_id), |stop| {
             let state = LayerState {
                 meter: Arc::new(Meter::new(Instant::now())),
                 // Its own: another pull's hurry is not this one's.
                 urgency: Arc::new(Urgency::new(urgency.get())),
+                shown: Shown::default(),
             };
             let (inner, source, shown) = (Arc::clone(self), Arc::clone(source), state.clone());
             let work = async move {
                 let _tracked = inner.tasks.token();
                 let mut skip = true;
                 loop {
-                    let bringing =
-                        inner.bring_layer(&source, layer, diff_id, &shown, &mut skip, &stop);
-                    let done = bringing.await;
+                    let bringing = async {
+                        match stream {
+                            true => {
+                                inner.stream_layer(&source, layer, diff_id, &shown, &stop).await
+                            }
+                            false => Ok(None),
+                        }
+                    };
+                    let done = match bringing.await {
+                        Ok(Some(done)) => Ok(done),
+                        Err(error) => Err(error),
+                        Ok(None) => {
+                            let whole = inner
+                                .bring_layer(&source, layer, diff_id, &shown, &mut skip, &stop);
+                            whole.await
+                        }
+                    };
                     match &done {
+                        // Somebody has read of it; a second try would not make that right.
+                        Err(error) if shown.shown.borrow().is_some() => {
+                            if matches!(error, PullError::Mismatch(_)) {
+                                source.distrust(&layer.blob.digest);
+                            }
+                            return done;
+                        }
                         Err(error @ (PullError::Mismatch(_) | PullError::Unpack(_))) if skip => {
                             tracing::warn!(
                                 layer = %layer.blob.digest, %error,
@@ -96,6 +123,76 @@ impl Inner {
         })
     }
 
+    /// Brings a layer in so that it can be read meanwhile; `None` where it must come in whole.
+    async fn stream_layer(
+        &self,
+        source: &Arc<dyn Source>,
+        layer: Layer,
+        diff_id: Option<Digest>,
+        state: &LayerState,
+        stop: &CancellationToken,
+    ) -> Result<Option<LayerDone>, PullError> {
+        let digest = layer.blob.digest;
+        let stopped =
+            || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
+        let listed = async {
+            // No slot: it must be seen at once. Not all at the same time, though.
+            let _look = self.looks.acquire().await;
+            let Some(ingest) = self.disk(move |store| store.ingest(&digest)).await? else {
+                return Ok(None);
+            };
+            let Some(ingest) = self.missing(ingest, layer, diff_id, state).await? else {
+                return Ok(Some(Err(LayerDone::default())));
+            };
+            if ingest.has_checkpoint() {
+                // It was begun in order, and goes on so.
+                return Ok(None);
+            }
+            let ingest = Arc::new(ingest);
+            let listed = self.list(&ingest, source, layer, diff_id, state).await?;
+            Ok::<_, PullError>(listed.map(|arrival| Ok((ingest, arrival))))
+        };
+        let listed = tokio::select! {
+            () = stop.cancelled() => return Err(stopped()),
+            listed = listed => listed?,
+        };
+        let (ingest, arrival) = match listed {
+            None => return Ok(None),
+            Some(Err(done)) => return Ok(Some(done)),
+            Some(Ok(listed)) => listed,
+        };
+        state.shown.send_replace(Some(Arc::clone(&arrival)));
+        let stopped = async {
+            stop.cancelled().await;
+            stopped()
+        };
+        let from = Origin { source, layer, state };
+        let bringing = self.bring_listed(ingest, &arrival, from, None, stopped);
+        bringing.await.map(Some)
+    }
+
+    /// The right to bring a layer in, given back where it is here.
+    async fn missing(
+        &self,
+        ingest: Ingest,
+        layer: Layer,
+        diff_id: Option<Digest>,
+        state: &LayerState,
+    ) -> Result<Option<Ingest>, PullError> {
+        let missing = self.disk(move |store| {
+            if store.layer_as(&layer, diff_id.as_ref())?.is_some() {
+                ingest.discard()?;
+                return Ok(None);
+            }
+            Ok(Some(ingest))
+        });
+        let missing = missing.await?;
+        if missing.is_none() {
+            state.meter.skip(layer.blob.size);
+        }
+        Ok(missing)
+    }
+
     /// `skip`: whether what is here may be used; afterwards, whether it was.
     async fn bring_layer(
         &self,
@@ -111,33 +208,44 @@ impl Inner {
         let stopped =
             || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
 
-        let _slot = tokio::select! {
-            () = stop.cancelled() => return Err(stopped()),
-            slot = self.slots.take(&state.urgency) => slot,
-        };
-        let ingest = loop {
+        let (slot, ingest) = loop {
+            let slot = tokio::select! {
+                () = stop.cancelled() => return Err(stopped()),
+                slot = self.slots.take(&state.urgency) => slot,
+            };
             if let Some(ingest) = self.disk(move |store| store.ingest(&digest)).await? {
-                break ingest;
+                break (slot, ingest);
             }
-            // Another process is at it.
+            // Another worker is at it, who may need the slot himself.
+            drop(slot);
             tokio::select! {
                 () = stop.cancelled() => return Err(stopped()),
                 () = tokio::time::sleep(OTHER_PROCESS_POLL) => {}
             }
         };
         // Somebody may have finished it while this one waited for its turn.
-        let present = self.disk(move |store| {
-            let there = store.layer_as(&layer, diff_id.as_ref())?.is_some();
-            if there {
-                ingest.discard()?;
-                return Ok(None);
-            }
-            Resumed::open(ingest, layer, diff_id).map(Some)
-        });
-        let Some(mut resumed) = present.await? else {
-            state.meter.skip(layer.blob.size);
+        let Some(mut ingest) = self.missing(ingest, layer, diff_id, state).await? else {
             return Ok(LayerDone::default());
         };
+        // It was begun out of order, and goes on so.
+        if ingest.has_landed() {
+            let shared = Arc::new(ingest);
+            let listed = tokio::select! {
+                () = stop.cancelled() => return Err(stopped()),
+                listed = self.list(&shared, source, layer, diff_id, state) => listed?,
+            };
+            if let Some(arrival) = listed {
+                let stopped = async {
+                    stop.cancelled().await;
+                    stopped()
+                };
+                let from = Origin { source, layer, state };
+                return self.bring_listed(shared, &arrival, from, Some(slot), stopped).await;
+            }
+            ingest = self.disk(move |_| only(shared)).await?;
+        }
+        let resumed = self.disk(move |_| Resumed::open(ingest, layer, diff_id));
+        let mut resumed = resumed.await?;
 
         let offset = resumed.offset();
         if offset > 0 {

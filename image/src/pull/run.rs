@@ -23,6 +23,9 @@ use crate::tree::Tree;
 /// How often a tree that another process makes is looked at.
 const OTHER_PROCESS_POLL: Duration = Duration::from_millis(100);
 
+/// Layers up to here are first where somebody reads meanwhile.
+const SMALL_BYTES: u64 = 1024 * 1024;
+
 /// What a reference means: the digest the source gave, and the image chosen from it.
 pub(super) struct Resolved {
     pub(super) resolved: Digest,
@@ -261,7 +264,8 @@ impl Inner {
         let (digest, reference) = (image.digest, request.reference.clone());
         let lease = self.admit(source, digest, &reference, &layers).await?;
         let started = Instant::now();
-        let cost = self.bring_layers(source, &layers, entry).await?;
+        let stream = request.stream.then_some(digest);
+        let cost = self.bring_layers(source, &layers, entry, stream).await?;
         let took = started.elapsed();
 
         entry.set(|stage| stage.state = PullState::Finishing);
@@ -326,6 +330,7 @@ impl Inner {
         source: &Arc<dyn Source>,
         layers: &[PlacedLayer],
         entry: &Entry,
+        stream: Option<Digest>,
     ) -> Result<LayerDone, PullError> {
         let distinct: BTreeSet<_> = layers.iter().map(PlacedLayer::key).collect();
         let here = self
@@ -341,11 +346,19 @@ impl Inner {
             .await?;
         // In the manifest's order, so that flights start lowest layer first.
         let mut started = BTreeSet::new();
-        let flights: Vec<_> = layers
+        let mut missing: Vec<_> = layers
             .iter()
             .filter(|placed| !here.contains(&placed.key()) && started.insert(placed.key()))
-            .map(|placed| self.start_layer(source, placed.layer, placed.diff_id, &entry.urgency))
             .collect();
+        if stream.is_some() {
+            // Who reads meanwhile wants the small ones first.
+            missing.sort_by_key(|placed| placed.layer.blob.size > SMALL_BYTES);
+        }
+        let start = |placed: &PlacedLayer| {
+            let PlacedLayer { layer, diff_id, .. } = placed;
+            self.start_layer(source, *layer, *diff_id, &entry.urgency, stream.is_some())
+        };
+        let flights: Vec<_> = missing.into_iter().map(start).collect();
         let present_bytes = here.iter().map(|(layer, _)| layer.blob.size).sum();
         self.skipped.fetch_add(present_bytes, Ordering::Relaxed);
         entry.set(|stage| {
@@ -356,16 +369,29 @@ impl Inner {
             stage.layers.iter().for_each(|layer| layer.urgency.raise(priority));
         });
         self.slots.dispatch();
-        let mut cost = LayerDone::default();
-        let mut waits: FuturesUnordered<_> = flights.iter().map(LayerFlight::wait).collect();
-        while let Some(done) = waits.next().await {
-            // The first failure drops the other flights, which stop where they can go on.
-            let done = done.ok_or_else(|| {
-                PullError::Cancelled("a layer's fetch ended unexpectedly, see the log".to_owned())
-            })??;
-            cost.fetched_bytes += done.fetched_bytes;
-            cost.written_bytes += done.written_bytes;
-        }
+        let bringing = async {
+            let mut cost = LayerDone::default();
+            let mut waits: FuturesUnordered<_> = flights.iter().map(LayerFlight::wait).collect();
+            while let Some(done) = waits.next().await {
+                // The first failure drops the other flights, which stop where they can go on.
+                let done = done.ok_or_else(|| {
+                    let why = "a layer's fetch ended unexpectedly, see the log";
+                    PullError::Cancelled(why.to_owned())
+                })??;
+                cost.fetched_bytes += done.fetched_bytes;
+                cost.written_bytes += done.written_bytes;
+            }
+            Ok::<_, PullError>(cost)
+        };
+        let looking = async {
+            if let Some(digest) = stream {
+                let arriving = self.look_ahead(digest, layers, &flights).await?;
+                entry.arriving.send_replace(Some(Arc::new(arriving)));
+            }
+            Ok(())
+        };
+        // A layer that failed is to say why, before the look ahead misses it.
+        let (cost, ()) = tokio::try_join!(biased; bringing, looking)?;
         Ok(cost)
     }
 

@@ -32,6 +32,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::Inner;
+use super::arrive::Shown;
 use super::layers::LayerState;
 use super::meter::Meter;
 use super::slots::{Priority, Urgency};
@@ -198,6 +199,7 @@ impl Inner {
         let state = LayerState {
             meter: Arc::new(Meter::new(Instant::now())),
             urgency: Arc::new(Urgency::new(Priority::Demand)),
+            shown: Shown::default(),
         };
         let subject = Subject { source: Arc::clone(source), layer, diff_id, outset, state };
         let plan = self.plan(subject, &CancellationToken::new()).await;

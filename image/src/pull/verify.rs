@@ -18,6 +18,7 @@ use std::time::Instant;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use super::arrive::Shown;
 use super::layers::LayerState;
 use super::meter::Meter;
 use super::slots::{Priority, Urgency};
@@ -425,7 +426,7 @@ impl Inner {
         };
         let meter = Arc::new(Meter::new(Instant::now()));
         let urgency = Arc::new(Urgency::new(Priority::Prefetch(0)));
-        let state = LayerState { meter: Arc::clone(&meter), urgency };
+        let state = LayerState { meter: Arc::clone(&meter), urgency, shown: Shown::default() };
         let (sender, mut chunks) = mpsc::channel(QUEUE);
         let writing = self
             .tasks

@@ -21,6 +21,8 @@ use crate::digest::Digest;
 
 const COMMIT: &str = "commit.json";
 const CHECKPOINT: &str = "checkpoint.json";
+/// Of a layer that comes out of order: which of its bytes are here.
+const LANDED: &str = "landed.json";
 
 /// The right to bring in one digest; nobody else in any process has it at the same time.
 #[derive(Debug)]
@@ -91,7 +93,9 @@ impl Store {
             if let Some(commit) = record::read::<Commit>(&ingest.folder.join(COMMIT))? {
                 ingest.apply(&commit)?;
                 ingest.discard()?;
-            } else if Repair::finish(self, &ingest)? || !ingest.folder.join(CHECKPOINT).exists() {
+            } else if Repair::finish(self, &ingest)?
+                || ![CHECKPOINT, LANDED].iter().any(|name| ingest.folder.join(name).exists())
+            {
                 ingest.discard()?;
             }
         }
@@ -107,23 +111,39 @@ impl Ingest {
 
     /// What an interrupted pull left, when it can be gone on from.
     pub(crate) fn checkpoint<T: DeserializeOwned>(&self) -> Option<T> {
-        record::read(&self.folder.join(CHECKPOINT)).unwrap_or_else(|why| {
+        self.left(CHECKPOINT)
+    }
+
+    /// What an interrupted pull left of a layer that came out of order.
+    pub(crate) fn landed<T: DeserializeOwned>(&self) -> Option<T> {
+        self.left(LANDED)
+    }
+
+    /// Whether a pull was interrupted that brought the layer in order.
+    pub(crate) fn has_checkpoint(&self) -> bool {
+        self.folder.join(CHECKPOINT).exists()
+    }
+
+    /// Whether one was that brought it out of order.
+    pub(crate) fn has_landed(&self) -> bool {
+        self.folder.join(LANDED).exists()
+    }
+
+    fn left<T: DeserializeOwned>(&self, name: &str) -> Option<T> {
+        record::read(&self.folder.join(name)).unwrap_or_else(|why| {
             tracing::warn!(layer = %self.digest, %why, "starting the layer again");
             None
         })
     }
 
-    /// Whether there is something to go on from.
-    pub(crate) fn has_checkpoint(&self) -> bool {
-        self.folder.join(CHECKPOINT).exists()
-    }
-
     /// Saves how far the layer is. What it speaks of must be on the disk already.
     pub(crate) fn save_checkpoint<T: Serialize>(&self, value: &T) -> Result<(), StoreError> {
-        let path = self.folder.join(CHECKPOINT);
-        let bytes = serde_json::to_vec(value)
-            .map_err(|e| StoreError::Corrupt(format!("{}: {e}", path.display())))?;
-        record::write(&path, &bytes)
+        save(&self.folder.join(CHECKPOINT), value)
+    }
+
+    /// As [`Ingest::save_checkpoint`], for [`Ingest::landed`].
+    pub(crate) fn save_landed<T: Serialize>(&self, value: &T) -> Result<(), StoreError> {
+        save(&self.folder.join(LANDED), value)
     }
 
     /// Throws away all partial work, keeping the right.
@@ -166,6 +186,12 @@ impl Ingest {
         crash::point("commit: recorded");
         Ok(())
     }
+}
+
+fn save<T: Serialize>(path: &Path, value: &T) -> Result<(), StoreError> {
+    let bytes = serde_json::to_vec(value)
+        .map_err(|e| StoreError::Corrupt(format!("{}: {e}", path.display())))?;
+    record::write(path, &bytes)
 }
 
 /// `remove_dir_all` that takes absence for success.

@@ -21,6 +21,7 @@ mod publish;
 mod pull;
 mod report;
 mod resume;
+mod stream;
 mod volume;
 
 use report::Report;
@@ -52,6 +53,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("locality") {
         locality::run(carport, &mut report).await.context("bench of the API")?;
+    }
+    if wanted("stream") {
+        stream::run(carport, &mut report).context("bench of streaming")?;
     }
     report.table();
     Ok(())

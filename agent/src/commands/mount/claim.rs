@@ -63,16 +63,27 @@ impl Claims {
     ///
     /// Also when the image has been removed a moment ago.
     pub(super) fn claim(&self, name: &str, record: &VolumeRecord) -> anyhow::Result<Claim> {
+        let claim = self.claim_arriving(name, record)?;
+        // A removal either saw the record or was done before this look.
+        if self.store.image(&record.digest)?.is_none() {
+            bail!("{}: removed from the store meanwhile; run it again", record.image);
+        }
+        Ok(claim)
+    }
+
+    /// As [`Claims::claim`], for an image that a pull of this process is bringing: it keeps the image
+    /// from the moment in which that is complete.
+    pub(super) fn claim_arriving(
+        &self,
+        name: &str,
+        record: &VolumeRecord,
+    ) -> anyhow::Result<Claim> {
         let path = file(self.store.root(), name)?;
         let what = || format!("lock {}", path.display());
         let lock = File::options().create(true).append(true).open(&path).with_context(what)?;
         lock.try_lock().with_context(what)?;
         let claim = Claim { records: self.records.clone(), name: name.into(), path, _lock: lock };
         self.records.put(name, record)?;
-        // A removal either saw the record or was done before this look.
-        if self.store.image(&record.digest)?.is_none() {
-            bail!("{}: removed from the store meanwhile; run it again", record.image);
-        }
         Ok(claim)
     }
 

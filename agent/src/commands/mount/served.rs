@@ -6,9 +6,12 @@
 //! server:   claim ─► mount ─► line ─► serve until unmounted ─► claim removed
 //! ```
 //!
+//! With `--stream` the server pulls, since it is the one that stays ([`stream`]).
+//!
 //! The claim ([`super::claim`]) keeps the image while it is served. Afterwards the server
 //! writes to its log only, so that nobody need be there to listen.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _};
 use std::path::{Path, PathBuf};
@@ -19,7 +22,6 @@ use anyhow::{Context as _, bail};
 use carport_csi::fuse::{self, FuseMount};
 use carport_csi::mount::{ImagePath, KernelMounter, MountOptions, Mounter as _, TargetState, Tree};
 use carport_csi::volume::{TargetPath, VolumeId, VolumeRecord};
-use carport_image::store::StoredImage;
 use carport_image::{Digest, Reference, Store};
 use rustix::process::{Resource, Rlimit};
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,6 +32,8 @@ use crate::cli::{Global, MountArgs, Output};
 use crate::commands::pull::pull_one;
 use crate::commands::{open_puller, open_store};
 use crate::config::Config;
+
+mod stream;
 
 /// How long a server that is told to end goes on for who has files open.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -56,11 +60,14 @@ pub(super) async fn mount(
     path: Option<ImagePath>,
 ) -> anyhow::Result<()> {
     let output = global.output;
-    let wanted = Wanted { reference: arguments.reference, target, path };
-    if let Some(name) = arguments.serve {
+    let wanted = Wanted { reference: arguments.reference.clone(), target, path };
+    if let Some(name) = arguments.serve.clone() {
         // What a shell does to its background jobs is not for this one.
         rustix::process::setsid().context("leave the terminal")?;
         std::env::set_current_dir("/").context("leave the current folder")?;
+        if arguments.stream {
+            return stream::serve(output, &config, wanted, name, arguments.read_timeout).await;
+        }
         let store = open_store(&config)?;
         let digest = store.lookup(&wanted.reference)?;
         let digest = digest.with_context(|| format!("{}: not stored", wanted.reference))?;
@@ -70,21 +77,30 @@ pub(super) async fn mount(
     fuse::check()?;
     let there = clear_target(&wanted.target)?;
     let puller = open_puller(&config)?;
+    if arguments.stream && puller.store().lookup(&wanted.reference)?.is_none() {
+        if there == Target::Mounted {
+            let claim = claimed(puller.store(), &wanted, |claim| claim.image == wanted.reference)?;
+            let mounted = Mounted::new(&wanted.reference, &claim.digest, wanted.target);
+            return Mounted { arriving: true, ..mounted }.print(output);
+        }
+        let root = puller.store().root().to_owned();
+        drop(puller);
+        let name = claim::new_name();
+        if arguments.foreground {
+            return stream::serve(output, &config, wanted, name, arguments.read_timeout).await;
+        }
+        let (global, mut more) = (global.clone(), arguments.registry.flags());
+        let patience = humantime::format_duration(arguments.read_timeout).to_string();
+        more.extend(["--stream".into(), "--read-timeout".into(), patience.replace(' ', "").into()]);
+        let mounted =
+            tokio::task::spawn_blocking(move || start(&global, &root, &wanted, &name, &more));
+        return mounted.await.context("mount")??.print(output);
+    }
     let digest = pull_one(output, &puller, &wanted.reference).await?.digest;
     let store = puller.store().clone();
     drop(puller);
     if there == Target::Mounted {
-        let target = wanted.target.display();
-        let same = |claim: &VolumeRecord| {
-            claim.target.as_path() == wanted.target
-                && claim.digest == digest
-                && claim.path == wanted.path
-        };
-        if !Claims::of(&store).living()?.iter().any(same) {
-            bail!(
-                "mount on {target}: something else is mounted there; `carport umount {target}` first"
-            );
-        }
+        claimed(&store, &wanted, |claim| claim.digest == digest)?;
         return Mounted::new(&wanted.reference, &digest, wanted.target).print(output);
     }
     let name = claim::new_name();
@@ -92,8 +108,25 @@ pub(super) async fn mount(
         return serve(output, store, digest, wanted, name).await;
     }
     let (global, root) = (global.clone(), store.root().to_owned());
-    let mounted = tokio::task::spawn_blocking(move || start(&global, &root, &wanted, &name));
+    let mounted = tokio::task::spawn_blocking(move || start(&global, &root, &wanted, &name, &[]));
     mounted.await.context("mount")??.print(output)
+}
+
+/// The claim of who serves what is wanted, and has the image that `same` says.
+fn claimed(
+    store: &Store,
+    wanted: &Wanted,
+    same: impl Fn(&VolumeRecord) -> bool,
+) -> anyhow::Result<VolumeRecord> {
+    let target = wanted.target.display();
+    let there = |claim: &VolumeRecord| {
+        claim.target.as_path() == wanted.target && claim.path == wanted.path && same(claim)
+    };
+    Claims::of(store).living()?.into_iter().find(there).with_context(|| {
+        format!(
+            "mount on {target}: something else is mounted there; `carport umount {target}` first"
+        )
+    })
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -118,14 +151,20 @@ fn clear_target(target: &Path) -> anyhow::Result<Target> {
 }
 
 /// Starts the server and waits until it has mounted, or says why it has not.
-fn start(global: &Global, root: &Path, wanted: &Wanted, name: &str) -> anyhow::Result<Mounted> {
+fn start(
+    global: &Global,
+    root: &Path,
+    wanted: &Wanted,
+    name: &str,
+    more: &[OsString],
+) -> anyhow::Result<Mounted> {
     let log = claim::file(root, name)?;
     let mut command = Command::new(std::env::current_exe().context("find this program")?);
     if let Some(config) = &global.config {
         command.arg("--config").arg(std::path::absolute(config).context("find the configuration")?);
     }
     command.arg("--root").arg(root).args(["--output", "json", "mount", "--foreground", "--serve"]);
-    command.arg(name);
+    command.arg(name).args(more);
     if let Some(path) = &wanted.path {
         command.arg("--path").arg(path.as_path());
     }
@@ -177,10 +216,7 @@ async fn serve(
     wanted: Wanted,
     name: String,
 ) -> anyhow::Result<()> {
-    let on = |kind| signal(kind).context("wait for signals");
-    let mut terminate = on(SignalKind::terminate())?;
-    let mut interrupt = on(SignalKind::interrupt())?;
-    let mut hangup = on(SignalKind::hangup())?;
+    let told = told_to_end()?;
     if let Err(error) = raise_open_files() {
         tracing::warn!(%error, "left the limit of open files as it is");
     }
@@ -188,7 +224,8 @@ async fn serve(
     let (claim, mount) = tokio::task::spawn_blocking(move || {
         // The claim first: from then on the image stays.
         let image = store.image(&digest)?.with_context(|| format!("{digest}: not stored"))?;
-        let claim = Claims::of(&store).claim(&name, &record(&wanted, &image, &name)?)?;
+        let record = record(&wanted, digest, (image.unpacked_bytes, image.files), &name)?;
+        let claim = Claims::of(&store).claim(&name, &record)?;
         let tree = Tree { rootfs: store.rootfs(&digest), path: wanted.path };
         let mount = FuseMount::mount(&tree, &wanted.target)?;
         anyhow::Ok((claim, mount))
@@ -197,13 +234,6 @@ async fn serve(
     .context("mount")??;
     mounted.print(output)?;
 
-    let told = async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    };
     tokio::select! {
         () = mount.ended() => {}
         () = told => {
@@ -219,20 +249,40 @@ async fn serve(
     Ok(())
 }
 
-fn record(wanted: &Wanted, image: &StoredImage, name: &str) -> anyhow::Result<VolumeRecord> {
+/// Ends when this process is told to.
+fn told_to_end() -> anyhow::Result<impl Future<Output = ()>> {
+    let on = |kind| signal(kind).context("wait for signals");
+    let mut terminate = on(SignalKind::terminate())?;
+    let mut interrupt = on(SignalKind::interrupt())?;
+    let mut hangup = on(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    })
+}
+
+fn record(
+    wanted: &Wanted,
+    digest: Digest,
+    (bytes, files): (u64, u64),
+    name: &str,
+) -> anyhow::Result<VolumeRecord> {
     let target = wanted.target.to_str();
     let target = target.with_context(|| format!("{:?}: not UTF-8", wanted.target))?;
     Ok(VolumeRecord {
         volume_id: VolumeId::parse(name)?,
         target: TargetPath::parse(target)?,
         image: wanted.reference.clone(),
-        digest: image.digest,
+        digest,
         path: wanted.path.clone(),
         filter: None,
         view: None,
         options: MountOptions::default(),
-        bytes: image.unpacked_bytes,
-        files: image.files,
+        bytes,
+        files,
         pin_seconds: None,
         pod: None,
         published_at: SystemTime::now(),

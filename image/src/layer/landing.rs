@@ -1,0 +1,490 @@
+//! A layer whose bytes come in any order, each straight to its place.
+//!
+//! ```text
+//! blob          │ header │ model-1 .......... │ header │ model-2 .......... │ end │
+//! on the disk   │ rest   │ at-…200            │ rest   │ at-…               │ rest│
+//! ```
+//!
+//! Each file of an uncompressed layer is a file in the ingest folder, named by where it begins in the
+//! blob; all other bytes of the blob lie in `rest`, sparse, at their offset there. [`Spool`] writes
+//! and reads by offsets of the blob. [`Landing`] knows which bytes are here, which are under way, and
+//! what is asked for next. [`Verifier`] reads the blob in its own order, as far as it has come, through
+//! SHA-256 and each file through BLAKE3.
+//!
+//! # What always holds
+//!
+//! - **A byte is here once it is written**, and not before: who waits for it may read it then.
+//! - **What is not synced does not survive**: [`Landing::save`] takes note of what is here, syncs
+//!   it, and only then records it.
+//! - **Nothing has a name in the store before the digest over the whole blob is right.**
+//! - **Who waits is told of the end**, whatever it is.
+//!
+//! Bytes go through the page cache, other than in an ordinary pull: whoever streams reads them at
+//! once, and so does the verifier.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use bytes::Bytes;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+use tokio::sync::watch;
+
+use super::ranges::Ranges;
+use super::unpack::SYNC_EACH;
+use crate::digest::{Digest, ObjectId};
+use crate::store::{EPOCH, Ingest, Staged, StoreError, object_mode};
+
+/// Bytes of one request. An asked-for byte may have to wait for all pieces that are under way.
+const PIECE_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Files up to here come before the larger ones, and of larger ones as much: headers of safetensors
+/// and GGUF stand there.
+const HEAD_BYTES: u64 = 1024 * 1024;
+
+/// Bytes that are read at once to be hashed.
+const READ_BYTES: usize = 1024 * 1024;
+
+const REST: &str = "rest";
+
+/// Where a layer's bytes lie.
+#[derive(Debug)]
+pub(crate) struct Spool {
+    folder: PathBuf,
+    size: u64,
+    /// By where they begin; they do not overlap.
+    files: Vec<SpoolFile>,
+    rest_dirty: AtomicBool,
+}
+
+#[derive(Debug)]
+struct SpoolFile {
+    range: Range<u64>,
+    executable: bool,
+    /// Written since the last sync.
+    dirty: AtomicBool,
+    /// Where it is once it has its name.
+    object: OnceLock<PathBuf>,
+}
+
+impl SpoolFile {
+    fn name(&self) -> String {
+        format!("at-{:016x}", self.range.start)
+    }
+
+    fn length(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+}
+
+impl Spool {
+    /// For a blob of `size` bytes; `rest` is made where it is not there. Blocks, as all here.
+    pub(crate) fn open(folder: &Path, size: u64) -> io::Result<Self> {
+        let rest = folder.join(REST);
+        let rest = File::options().create(true).truncate(false).write(true).mode(0o600).open(rest);
+        rest?.set_len(size)?;
+        let (folder, files) = (folder.to_owned(), Vec::new());
+        Ok(Self { folder, size, files, rest_dirty: AtomicBool::new(false) })
+    }
+
+    /// A file at `range`, behind all others. False where nothing of it was here before.
+    pub(crate) fn add(&mut self, range: Range<u64>, executable: bool) -> io::Result<bool> {
+        let (dirty, object) = (AtomicBool::new(false), OnceLock::new());
+        let file = SpoolFile { range, executable, dirty, object };
+        let (path, length) = (self.folder.join(file.name()), file.length());
+        self.files.push(file);
+        if std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == length)
+        {
+            return Ok(true);
+        }
+        let made =
+            File::options().create(true).truncate(true).write(true).mode(0o600).open(&path)?;
+        match rustix::fs::fallocate(&made, FallocateFlags::empty(), 0, length) {
+            // Not every file system can reserve; then the writes will tell.
+            Err(Errno::OPNOTSUPP | Errno::INVAL) => made.set_len(length)?,
+            reserved => reserved?,
+        }
+        Ok(false)
+    }
+
+    /// The file that has the byte at `at`, or else where the next one begins.
+    fn place(&self, at: u64) -> Result<&SpoolFile, u64> {
+        let next = self.files.partition_point(|file| file.range.start <= at);
+        match self.files[..next].last().filter(|file| at < file.range.end) {
+            Some(file) => Ok(file),
+            None => Err(self.files.get(next).map_or(self.size, |file| file.range.start)),
+        }
+    }
+
+    /// Writes `bytes`, which are the blob's from `at` on.
+    pub(crate) fn write(&self, mut at: u64, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let (path, end, begins, dirty) = match self.place(at) {
+                Ok(file) => (file.name(), file.range.end, file.range.start, &file.dirty),
+                Err(end) => (REST.to_owned(), end, 0, &self.rest_dirty),
+            };
+            let length = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX);
+            if length == 0 {
+                return Err(io::Error::other("bytes behind the blob's end"));
+            }
+            let (now, later) = bytes.split_at(length.min(bytes.len()));
+            let file = File::options().write(true).open(self.folder.join(path))?;
+            file.write_all_at(now, at - begins)?;
+            dirty.store(true, Ordering::Release);
+            at += now.len() as u64;
+            bytes = later;
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let dirty: Vec<_> =
+            self.files.iter().filter(|file| file.dirty.swap(false, Ordering::AcqRel)).collect();
+        if dirty.len() > SYNC_EACH {
+            self.rest_dirty.store(false, Ordering::Release);
+            return Ok(rustix::fs::syncfs(File::open(&self.folder)?)?);
+        }
+        for file in dirty {
+            File::open(self.folder.join(file.name()))?.sync_data()?;
+        }
+        if self.rest_dirty.swap(false, Ordering::AcqRel) {
+            File::open(self.folder.join(REST))?.sync_data()?;
+        }
+        Ok(())
+    }
+}
+
+/// What became of a landing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum End {
+    /// All is here and right.
+    Verified,
+    /// Nothing more will come; what is here may be right.
+    Stopped(String),
+    /// What is here is wrong.
+    Wrong(String),
+}
+
+/// Bytes to fetch next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) range: Range<u64>,
+    /// Somebody waits for it.
+    pub(crate) asked: bool,
+}
+
+/// A layer on its way, for those who bring it and those who read it.
+#[derive(Debug)]
+pub(crate) struct Landing {
+    spool: Spool,
+    state: Mutex<State>,
+    /// Changes when bytes have come, and at the end.
+    arrivals: watch::Sender<u64>,
+    /// Changes when somebody asks.
+    questions: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct State {
+    here: Ranges,
+    /// Here or under way.
+    taken: Ranges,
+    asked: VecDeque<Range<u64>>,
+    /// Who has read up to here probably goes on.
+    follow: Range<u64>,
+    /// What comes when nobody asks.
+    order: VecDeque<Range<u64>>,
+    unsaved: u64,
+    end: Option<End>,
+}
+
+impl Landing {
+    /// `here`: bytes that have been written. `names`: the files' paths, in the blob's order.
+    pub(crate) fn new(spool: Spool, here: Ranges, names: &[String]) -> Self {
+        let mut large: Vec<_> =
+            spool.files.iter().zip(names).filter(|(file, _)| file.length() > HEAD_BYTES).collect();
+        large.sort_by_key(|(_, name)| *name);
+        // Everything but the larger files' bodies, in the blob's order; then these by name.
+        let mut order = VecDeque::new();
+        let mut at = 0;
+        for file in spool.files.iter().filter(|file| file.length() > HEAD_BYTES) {
+            order.push_back(at..file.range.start + HEAD_BYTES);
+            at = file.range.end;
+        }
+        order.push_back(at..spool.size);
+        order.extend(large.iter().map(|(file, _)| file.range.clone()));
+        let taken = here.clone();
+        let state = State {
+            here,
+            taken,
+            asked: VecDeque::new(),
+            follow: 0..0,
+            order,
+            unsaved: 0,
+            end: None,
+        };
+        Self {
+            spool,
+            state: Mutex::new(state),
+            arrivals: watch::Sender::new(0),
+            questions: watch::Sender::new(0),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Whole after each statement; a panic elsewhere does not spoil it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes bytes that came; `chunks` are the blob's from `at` on. Blocks on the disk.
+    pub(crate) fn land<'a>(
+        &self,
+        at: u64,
+        chunks: impl IntoIterator<Item = &'a Bytes>,
+    ) -> io::Result<()> {
+        let mut end = at;
+        for chunk in chunks {
+            self.spool.write(end, chunk)?;
+            end += chunk.len() as u64;
+        }
+        let mut state = self.lock();
+        state.here.insert(at..end);
+        state.unsaved += end - at;
+        drop(state);
+        self.arrivals.send_modify(|n| *n += 1);
+        Ok(())
+    }
+
+    /// What to fetch next, which is under way from then on; with `asked_only` what somebody waits for.
+    pub(crate) fn next(&self, asked_only: bool) -> Option<Piece> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        while let Some(wanted) = state.asked.front() {
+            let Some(gap) = state.taken.gap(wanted) else {
+                state.asked.pop_front();
+                continue;
+            };
+            // A little more than was asked for, but nothing of another file.
+            let file = self.spool.place(gap.start).map_or(gap.end, |file| file.range.end);
+            let ahead = gap.start..file.min(gap.start + PIECE_BYTES);
+            let range = state.taken.gap(&ahead).unwrap_or(gap);
+            state.follow = range.end..file;
+            state.taken.insert(range.clone());
+            return Some(Piece { range, asked: true });
+        }
+        if asked_only {
+            return None;
+        }
+        let gap = state.taken.gap(&state.follow).or_else(|| {
+            loop {
+                match state.taken.gap(state.order.front()?) {
+                    Some(gap) => return Some(gap),
+                    None => state.order.pop_front(),
+                };
+            }
+        })?;
+        let range = gap.start..gap.end.min(gap.start + PIECE_BYTES);
+        state.taken.insert(range.clone());
+        Some(Piece { range, asked: false })
+    }
+
+    /// Waits until somebody has asked for something, since `seen`.
+    pub(crate) fn questions(&self) -> watch::Receiver<u64> {
+        self.questions.subscribe()
+    }
+
+    /// Whether `range` of the blob can be read.
+    pub(crate) fn has(&self, range: &Range<u64>) -> Result<bool, End> {
+        let state = self.lock();
+        match &state.end {
+            Some(end @ End::Wrong(_)) => Err(end.clone()),
+            _ if state.here.covers(range) => Ok(true),
+            Some(end) => Err(end.clone()),
+            None => Ok(false),
+        }
+    }
+
+    /// Asks for `range` of the blob and waits until it is here.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future gives up the wait; what was asked for comes all the same.
+    pub(crate) async fn wait(&self, range: &Range<u64>) -> Result<(), End> {
+        let mut arrivals = self.arrivals.subscribe();
+        if self.has(range)? {
+            return Ok(());
+        }
+        self.lock().asked.push_back(range.clone());
+        self.questions.send_modify(|n| *n += 1);
+        loop {
+            // The sender is this landing's own.
+            let _ = arrivals.changed().await;
+            if self.has(range)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits until the byte at `at` is here, and tells up to where all is then.
+    pub(crate) async fn run_from(&self, at: u64) -> u64 {
+        let mut arrivals = self.arrivals.subscribe();
+        loop {
+            let end = self.lock().here.end_of_run(at);
+            if end > at || at == self.spool.size {
+                return end;
+            }
+            let _ = arrivals.changed().await;
+        }
+    }
+
+    /// Waits until so many bytes are here that are in no record.
+    pub(crate) async fn unsaved(&self, bytes: u64) {
+        let mut arrivals = self.arrivals.subscribe();
+        while self.lock().unsaved < bytes {
+            let _ = arrivals.changed().await;
+        }
+    }
+
+    /// Waits until at most so many bytes are here that are in no record.
+    pub(crate) async fn settled(&self, bytes: u64) {
+        let mut arrivals = self.arrivals.subscribe();
+        while self.lock().unsaved > bytes {
+            let _ = arrivals.changed().await;
+        }
+    }
+
+    /// Puts what is here on the disk, and records it for the next pull. Blocks.
+    pub(crate) fn save(&self, ingest: &Ingest) -> Result<(), StoreError> {
+        let (here, unsaved) = {
+            let state = self.lock();
+            (state.here.clone(), state.unsaved)
+        };
+        self.spool.sync().map_err(|e| disk(&self.spool, e))?;
+        ingest.save_landed(&here)?;
+        self.lock().unsaved -= unsaved;
+        self.arrivals.send_modify(|n| *n += 1);
+        Ok(())
+    }
+
+    /// Tells everybody that this is the end. The first one counts.
+    pub(crate) fn end(&self, end: End) {
+        self.lock().end.get_or_insert(end);
+        self.arrivals.send_modify(|n| *n += 1);
+    }
+
+    /// Bytes of the blob that are here.
+    pub(crate) fn here_bytes(&self) -> u64 {
+        self.lock().here.total()
+    }
+
+    /// Opens the file that begins at `begins` of the blob, to read it. Blocks.
+    pub(crate) fn open(&self, begins: u64) -> io::Result<File> {
+        let file = self.spool.place(begins).map_err(|_| io::ErrorKind::NotFound)?;
+        match File::open(self.spool.folder.join(file.name())) {
+            // It has its name by now.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => match file.object.get() {
+                Some(object) => File::open(object),
+                None => Err(e),
+            },
+            opened => opened,
+        }
+    }
+}
+
+fn disk(spool: &Spool, source: io::Error) -> StoreError {
+    StoreError::io(format!("write below {}", spool.folder.display()), source)
+}
+
+/// Reads a landing in the blob's order.
+pub(crate) struct Verifier {
+    at: u64,
+    hash: Sha256,
+    content: blake3::Hasher,
+    objects: Vec<ObjectId>,
+    buffer: Vec<u8>,
+}
+
+impl Verifier {
+    pub(crate) fn new() -> Self {
+        Self {
+            at: 0,
+            hash: Sha256::new(),
+            content: blake3::Hasher::new(),
+            objects: Vec::new(),
+            buffer: Vec::new(),
+        }
+    }
+
+    /// Bytes read so far.
+    pub(crate) fn at(&self) -> u64 {
+        self.at
+    }
+
+    /// Reads on up to `end`, all of which is here. Blocks.
+    pub(crate) fn read(&mut self, landing: &Landing, end: u64) -> io::Result<()> {
+        let spool = &landing.spool;
+        self.buffer.resize(READ_BYTES, 0);
+        while self.at < end {
+            let (file, name, begins, until) = match spool.place(self.at) {
+                Ok(file) => (Some(file), file.name(), file.range.start, file.range.end),
+                Err(until) => (None, REST.to_owned(), 0, until),
+            };
+            let source = File::open(spool.folder.join(name))?;
+            while self.at < until.min(end) {
+                let length = (until.min(end) - self.at).min(READ_BYTES as u64) as usize;
+                let bytes = &mut self.buffer[..length];
+                source.read_exact_at(bytes, self.at - begins)?;
+                self.hash.update(&*bytes);
+                if file.is_some() {
+                    self.content.update(bytes);
+                }
+                self.at += length as u64;
+            }
+            if let Some(file) = file
+                && self.at == until
+            {
+                self.objects.push(ObjectId::new(self.content.finalize(), file.executable));
+                self.content.reset();
+            }
+        }
+        Ok(())
+    }
+
+    /// The blob's digest.
+    pub(crate) fn digest(&self) -> Digest {
+        Digest::from_sha256(self.hash.clone().finalize().into())
+    }
+
+    /// Makes the files ready for their names: all is on the disk afterwards. Blocks.
+    pub(crate) fn finish(self, landing: &Landing, root: &Path) -> Result<Vec<Staged>, StoreError> {
+        let spool = &landing.spool;
+        let mut staged = Vec::new();
+        for (file, object) in spool.files.iter().zip(self.objects) {
+            let made = || {
+                let made = File::open(spool.folder.join(file.name()))?;
+                rustix::fs::fchmod(made.as_fd(), object_mode(file.executable))?;
+                rustix::fs::futimens(made.as_fd(), &EPOCH)?;
+                file.dirty.store(true, Ordering::Release);
+                io::Result::Ok(())
+            };
+            made().map_err(|e| disk(spool, e))?;
+            // Known before the rename, so that who opens it finds it under one name or the other.
+            let _ = file.object.set(root.join("objects").join(object.path()));
+            staged.push(Staged { name: file.name(), object, size: file.length() });
+        }
+        spool.sync().map_err(|e| disk(spool, e))?;
+        Ok(staged)
+    }
+}
+
+#[cfg(test)]
+#[path = "landing_tests.rs"]
+mod tests;

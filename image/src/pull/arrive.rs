@@ -1,0 +1,318 @@
+//! A layer that is read while it arrives: listed first, then fetched in the order in which it is wanted.
+//!
+//! ```text
+//! list: a few reads ─► Landing ─┬─ asked for: fetched at once, whatever else is under way ─┐
+//!                               ├─ the rest, in a slot like any other layer ───────────────┼─► its place
+//!                               ├─ verifier: reads along, in the blob's order ◄────────────┘   on the disk
+//!                               └─ save: what is synced, every 16 MiB
+//! ```
+//!
+//! Which bytes are where is [`crate::layer::Landing`]'s to know. Files of other layers are not looked
+//! for: such a guess is proved by the whole layer's digest only, and a reader must not be handed a guess.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures_util::future::try_join_all;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use tokio::sync::watch;
+
+use super::layers::{LayerDone, LayerState};
+use super::slots::Slot;
+use super::{Inner, PullError};
+use crate::crash;
+use crate::digest::Digest;
+use crate::layer::{End, Landing, LayerError, Lister, Listing, Piece, Ranges, Verifier};
+use crate::manifest::{Compression, Layer};
+use crate::source::Source;
+use crate::store::{Ingest, LayerRecord, StoreError};
+
+/// Bytes that make a save worth its sync of the disk.
+const SAVE_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Bytes that a crash costs at most, beside pieces under way: nothing more is begun on a disk that does
+/// not come after.
+const UNSAVED_BYTES: u64 = 32 * 1024 * 1024;
+
+/// Bytes that are hashed before anybody looks whether to stop.
+const VERIFY_BYTES: u64 = 64 * 1024 * 1024;
+
+/// A layer's list and bytes.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    pub(super) listing: Listing,
+    pub(super) landing: Landing,
+}
+
+/// Where a layer shows what can be seen of it before it is complete; nothing, where it must be waited
+/// for.
+pub(super) type Shown = Arc<watch::Sender<Option<Arc<Arrival>>>>;
+
+/// Where a layer comes from.
+#[derive(Clone, Copy)]
+pub(super) struct Origin<'a> {
+    pub(super) source: &'a Arc<dyn Source>,
+    pub(super) layer: Layer,
+    pub(super) state: &'a LayerState,
+}
+
+/// Tells readers of the end also where the work is dropped.
+struct Ending<'a>(&'a Arrival, Digest);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.landing.end(End::Stopped(format!("layer {}: stopped", self.1)));
+    }
+}
+
+impl Inner {
+    /// Lists a layer; `None` where it cannot be read before it is complete. What came stays in the
+    /// ingest folder, but for what a full disk could not take.
+    pub(super) async fn list(
+        &self,
+        ingest: &Arc<Ingest>,
+        source: &Arc<dyn Source>,
+        layer: Layer,
+        diff_id: Option<Digest>,
+        state: &LayerState,
+    ) -> Result<Option<Arc<Arrival>>, PullError> {
+        let listed = self.try_list(ingest, source, layer, diff_id, state).await;
+        if let Err(PullError::Store(_)) = &listed {
+            let ingest = Arc::clone(ingest);
+            self.disk(move |_| ingest.clear()).await?;
+        }
+        listed
+    }
+
+    async fn try_list(
+        &self,
+        ingest: &Arc<Ingest>,
+        source: &Arc<dyn Source>,
+        layer: Layer,
+        diff_id: Option<Digest>,
+        state: &LayerState,
+    ) -> Result<Option<Arc<Arrival>>, PullError> {
+        let digest = layer.blob.digest;
+        if layer.compression != Compression::None
+            || layer.blob.size == 0
+            || diff_id.is_some_and(|diff_id| diff_id != digest)
+        {
+            return Ok(None);
+        }
+        let folder = Arc::clone(ingest);
+        let mut lister = self
+            .disk(move |_| {
+                let here = folder.landed::<Ranges>();
+                if here.is_none() {
+                    folder.clear()?;
+                }
+                Lister::new(folder.folder(), layer, here.unwrap_or_default())
+            })
+            .await?;
+        while let Some(range) = lister.next_read() {
+            let at = range.start;
+            let (from, shown) = (Arc::clone(source), state.clone());
+            let Some(bytes) = self.fetcher.read(from, layer.blob, range, shown).await? else {
+                tracing::warn!(layer = %digest, source = source.name(), "no ranges are served");
+                return Ok(None);
+            };
+            let taken = self.disk(move |_| {
+                let taken = lister.take(at, &bytes);
+                Ok(taken.map(|()| lister))
+            });
+            lister = match taken.await? {
+                Ok(lister) => lister,
+                Err(error) => return unlisted(digest, error),
+            };
+        }
+        match lister.finish() {
+            Ok((listing, landing)) => Ok(Some(Arc::new(Arrival { listing, landing }))),
+            Err(error) => unlisted(digest, error),
+        }
+    }
+
+    /// Fetches, verifies and commits a layer that has been listed. `slot` is waited for where absent;
+    /// what is asked for does not wait for it.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future ends the readers' waits; what was not saved is lost.
+    pub(super) async fn bring_listed(
+        &self,
+        ingest: Arc<Ingest>,
+        arrival: &Arc<Arrival>,
+        from: Origin<'_>,
+        slot: Option<Slot>,
+        stopped: impl Future<Output = PullError>,
+    ) -> Result<LayerDone, PullError> {
+        let Origin { layer, state, .. } = from;
+        let digest = layer.blob.digest;
+        let _ending = Ending(arrival, digest);
+        // Part of it has come, and was counted, while it was listed.
+        let fetched = state.meter.read(Instant::now()).fetched_bytes;
+        state.meter.skip(arrival.landing.here_bytes().saturating_sub(fetched));
+        let outcome = {
+            let rest = async {
+                let _slot = match slot {
+                    Some(slot) => slot,
+                    None => self.slots.take(&state.urgency).await,
+                };
+                let workers = (0..self.fetcher.connections).map(|_| async {
+                    loop {
+                        arrival.landing.settled(UNSAVED_BYTES).await;
+                        let Some(piece) = arrival.landing.next(false) else { break };
+                        self.bring_piece(arrival, from, piece).await?;
+                    }
+                    Ok::<_, PullError>(())
+                });
+                try_join_all(workers).await
+            };
+            let verified = async { tokio::try_join!(rest, self.read_along(arrival, layer)) };
+            tokio::select! {
+                verified = verified => verified.map(|(_, verifier)| verifier),
+                error = self.bring_asked(arrival, from) => Err(error),
+                error = self.keep_saving(&ingest, arrival) => Err(error),
+                why = stopped => Err(why),
+            }
+        };
+        let verifier = match outcome {
+            Ok(verifier) => verifier,
+            Err(error) => {
+                arrival.landing.end(End::Stopped(error.to_string()));
+                let arrival = Arc::clone(arrival);
+                let saved = self.disk(move |_| arrival.landing.save(&ingest)).await;
+                if let Err(error) = saved {
+                    tracing::warn!(layer = %digest, %error, "cannot keep what came");
+                }
+                return Err(error);
+            }
+        };
+        let found = verifier.digest();
+        if found != digest {
+            let why = format!(
+                "layer {digest}: its {} bytes hash to {found}: the source altered them",
+                layer.blob.size
+            );
+            tracing::error!(layer = %digest, %found, "what readers were given is wrong: nothing of \
+                this layer is readable any more, start again what has read it");
+            arrival.landing.end(End::Wrong(why.clone()));
+            self.disk(move |_| only(ingest)?.discard()).await?;
+            return Err(PullError::Mismatch(why));
+        }
+        let ready = Arc::clone(arrival);
+        let written_bytes = self
+            .disk(move |store| {
+                let staged = verifier.finish(&ready.landing, store.root())?;
+                crash::point("a layer that came out of order is verified");
+                let mut objects = staged.iter().map(|staged| staged.object);
+                let entries = ready
+                    .listing
+                    .entries(|file| objects.next().unwrap_or(ready.listing.stand_in(file)));
+                let record = LayerRecord {
+                    digest,
+                    size_bytes: layer.blob.size,
+                    // Uncompressed bytes are their own content.
+                    diff_id: digest,
+                    entries,
+                };
+                let written_bytes = staged.iter().map(|staged| staged.size).sum();
+                only(ingest)?.commit(layer.record_name(), record, staged)?;
+                ready.landing.end(End::Verified);
+                Ok(written_bytes)
+            })
+            .await?;
+        let fetched_bytes = state.meter.read(Instant::now()).fetched_bytes;
+        Ok(LayerDone { fetched_bytes, written_bytes })
+    }
+
+    /// Fetches what is asked for, as long as it is polled.
+    async fn bring_asked(&self, arrival: &Arc<Arrival>, from: Origin<'_>) -> PullError {
+        let mut questions = arrival.landing.questions();
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            questions.borrow_and_update();
+            while let Some(piece) = arrival.landing.next(true) {
+                under_way.push(self.bring_piece(arrival, from, piece));
+            }
+            tokio::select! {
+                // The landing, which has the sender, outlives this.
+                _ = questions.changed() => {}
+                done = under_way.next(), if !under_way.is_empty() => if let Some(Err(error)) = done {
+                    return error;
+                },
+            }
+        }
+    }
+
+    async fn bring_piece(
+        &self,
+        arrival: &Arc<Arrival>,
+        from: Origin<'_>,
+        piece: Piece,
+    ) -> Result<(), PullError> {
+        let Origin { source, layer, state } = from;
+        let digest = layer.blob.digest;
+        let land = |at, chunks: Vec<_>| {
+            let arrival = Arc::clone(arrival);
+            self.disk(move |_| {
+                let landed = arrival.landing.land(at, &chunks);
+                landed.map_err(|e| StoreError::io(format!("write layer {digest}"), e))
+            })
+        };
+        self.fetcher.piece(source, layer.blob, piece, state, land).await
+    }
+
+    /// Reads the blob from its start as it comes.
+    async fn read_along(
+        &self,
+        arrival: &Arc<Arrival>,
+        layer: Layer,
+    ) -> Result<Verifier, PullError> {
+        let mut verifier = Verifier::new();
+        while verifier.at() < layer.blob.size {
+            let here = arrival.landing.run_from(verifier.at()).await;
+            let end = here.min(verifier.at() + VERIFY_BYTES);
+            let arrival = Arc::clone(arrival);
+            let read = self.disk(move |_| {
+                let read = verifier.read(&arrival.landing, end);
+                read.map_err(|e| StoreError::io(format!("read layer {}", layer.blob.digest), e))?;
+                Ok(verifier)
+            });
+            verifier = read.await?;
+        }
+        Ok(verifier)
+    }
+
+    /// Saves what is here now and then, as long as it is polled.
+    async fn keep_saving(&self, ingest: &Arc<Ingest>, arrival: &Arc<Arrival>) -> PullError {
+        loop {
+            arrival.landing.unsaved(SAVE_BYTES).await;
+            let (ingest, arrival) = (Arc::clone(ingest), Arc::clone(arrival));
+            if let Err(error) = self.disk(move |_| arrival.landing.save(&ingest)).await {
+                return error;
+            }
+        }
+    }
+}
+
+/// Something is wrong with the list; what, the layer's digest tells, so it comes in whole.
+fn unlisted<T>(layer: Digest, error: LayerError) -> Result<Option<T>, PullError> {
+    match error {
+        LayerError::Store(error) => Err(error.into()),
+        error => {
+            tracing::warn!(%layer, %error, "cannot be listed before it is here");
+            Ok(None)
+        }
+    }
+}
+
+/// A save that was given up may still hold it for a moment.
+pub(super) fn only(mut ingest: Arc<Ingest>) -> Result<Ingest, StoreError> {
+    loop {
+        match Arc::try_unwrap(ingest) {
+            Ok(ingest) => return Ok(ingest),
+            Err(shared) => ingest = shared,
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}

@@ -1,0 +1,468 @@
+//! Streaming: an image is read while it arrives, what is read comes first and once, and in the end the
+//! store has what an ordinary pull makes.
+#![allow(clippy::unwrap_used)] // a test that cannot go on says where
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use carport_csi::fuse::{self, FuseMount};
+use carport_image::pull::{Arriving, ArrivingFile, PullHandle, PullOptions, PullRequest};
+use carport_image::tree::Node;
+use carport_image::{Digest, PullError, Puller, Store};
+use carport_tests::images::{Image, Tar, noise};
+use carport_tests::layouts::{Files, Layer, Layout, files_below, tools};
+use carport_tests::models::{reference, sources};
+use carport_tests::scripted::{Gate, Request, Scripted};
+use serde_json::json;
+use tempfile::TempDir;
+
+const SHARD_BYTES: usize = 12 * 1024 * 1024 + 333;
+
+/// What a registry lets pass of the first shard: its head, which comes early.
+const OPEN_BYTES: u64 = 2 * 1024 * 1024;
+
+const PATIENT: Duration = Duration::from_secs(60);
+
+struct Machine {
+    folder: TempDir,
+    puller: Puller,
+}
+
+impl Machine {
+    fn new(host: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path().join("store")).unwrap();
+        let puller = Puller::new(store, sources(&[host]), PullOptions::default());
+        Self { folder, puller }
+    }
+
+    fn start(&self, host: &str, image: &Image, stream: bool) -> PullHandle {
+        let place = format!("{host}/models/llama@{}", image.digest());
+        self.puller.start(PullRequest { stream, ..PullRequest::new(reference(&place)) })
+    }
+
+    fn store(&self) -> &Store {
+        self.puller.store()
+    }
+
+    fn mount(&self, arriving: &Arriving, patience: Duration) -> FuseMount {
+        let target = self.target();
+        fs::create_dir_all(&target).unwrap();
+        FuseMount::mount_arriving(arriving, self.store(), None, patience, &target).unwrap()
+    }
+
+    fn target(&self) -> PathBuf {
+        self.folder.path().join("mount")
+    }
+
+    fn assert_nothing_is_under_way(&self) {
+        for folder in ["ingest", "leases"] {
+            assert_eq!(files_below(&self.store().root().join(folder)), Files::new(), "{folder}");
+        }
+    }
+}
+
+fn shard(n: u64) -> Vec<u8> {
+    noise(SHARD_BYTES, n)
+}
+
+/// Three shards and small files in one layer.
+fn one_layer() -> Image {
+    Image::of(&[Tar::default()
+        .entry("models", tar::EntryType::Directory, "", b"")
+        .file("models/config.json", b"{}")
+        .file("models/empty", b"")
+        .file("models/model-1.safetensors", &shard(1))
+        .file("models/model-2.safetensors", &shard(2))
+        .file("models/model-3.safetensors", &shard(3))
+        .symlink("models/latest", "model-3.safetensors")
+        .file("models/vocab.txt", b"a b c")
+        .end()])
+}
+
+/// The same, as raw layers of an artifact.
+fn raw_layers() -> Image {
+    let mut layout = Layout::new();
+    let raw = |name: &str, content: &[u8]| {
+        let named = json!({"org.cncf.model.filepath": name});
+        Layer::raw("application/vnd.cncf.model.weight.v1.raw", named, content)
+    };
+    let layers = [
+        raw("model-1.safetensors", &shard(1)),
+        raw("model-2.safetensors", &shard(2)),
+        raw("model-3.safetensors", &shard(3)),
+        raw("config.json", b"{\"raw\": true}"),
+    ];
+    let config = ("application/vnd.cncf.model.config.v1+json", &json!({}));
+    let digest = layout.add("v1", "", config, &layers);
+    Image::of_layout(&layout, &digest)
+}
+
+fn range_of(request: &Request) -> Option<(u64, u64)> {
+    let (from, to) = request.header("range")?.strip_prefix("bytes=")?.split_once('-')?;
+    Some((from.parse().ok()?, to.parse::<u64>().ok()? + 1))
+}
+
+/// A registry that holds back `from..to` of `layer` behind the gate.
+async fn holding_back(image: &Image, layer: Digest, range: (u64, u64), gate: &Gate) -> Scripted {
+    let (image, gate) = (image.clone(), gate.clone());
+    Scripted::start(move |request| {
+        let held = request.target.ends_with(&layer.to_string())
+            && range_of(request).is_some_and(|(from, to)| from < range.1 && range.0 < to);
+        if held { image.answer_gated(request, &gate) } else { image.answer(request) }
+    })
+    .await
+}
+
+/// Bytes of layers that were asked for.
+fn asked(server: &Scripted, image: &Image) -> u64 {
+    let mut bytes = 0;
+    for request in server.requests() {
+        let layers = &image.layers;
+        if let Some(layer) = layers.iter().find(|one| request.target.ends_with(&one.to_string())) {
+            let (from, to) = range_of(&request).unwrap_or((0, image.size_of(layer)));
+            bytes += to - from;
+        }
+    }
+    bytes
+}
+
+fn file<'a>(arriving: &'a Arriving, path: &str) -> &'a ArrivingFile {
+    match arriving.tree().get(path) {
+        Some(Node::File { object, .. }) => arriving.file(object).unwrap(),
+        other => panic!("{path}: {other:?}"),
+    }
+}
+
+async fn read(file: &ArrivingFile, at: u64, length: usize) -> Vec<u8> {
+    let waited = tokio::time::timeout(PATIENT, file.wait(at..at + length as u64)).await;
+    waited.expect("it comes").unwrap();
+    let mut bytes = vec![0; length];
+    file.open().unwrap().read_exact_at(&mut bytes, at).unwrap();
+    bytes
+}
+
+/// What an ordinary pull makes of the image.
+async fn plain_tree(image: &Image) -> BTreeMap<String, String> {
+    let image = image.clone();
+    let answered = image.clone();
+    let server = Scripted::start(move |request| answered.answer(request)).await;
+    let node = Machine::new(&server.host());
+    let pulled = node.start(&server.host(), &image, false).wait().await.unwrap();
+    listing(&node.store().rootfs(&pulled.digest))
+}
+
+/// All that a reader can tell of a tree.
+fn listing(root: &Path) -> BTreeMap<String, String> {
+    let walk = walkdir::WalkDir::new(root).min_depth(1).into_iter();
+    walk.map(|entry| {
+        let entry = entry.unwrap();
+        let meta = entry.path().symlink_metadata().unwrap();
+        let what = if meta.is_symlink() {
+            format!("-> {}", fs::read_link(entry.path()).unwrap().display())
+        } else if meta.is_dir() {
+            format!("folder {:o} {} {}:{}", meta.mode(), meta.mtime(), meta.uid(), meta.gid())
+        } else {
+            let content = blake3::hash(&fs::read(entry.path()).unwrap());
+            let (mode, owner) = (meta.mode(), (meta.uid(), meta.gid()));
+            format!("{mode:o} {} {} {owner:?} {content}", meta.mtime(), meta.len())
+        };
+        (entry.path().strip_prefix(root).unwrap().display().to_string(), what)
+    })
+    .collect()
+}
+
+fn can_fuse(test: &str) -> bool {
+    let can = fuse::check();
+    if let Err(error) = &can {
+        eprintln!("SKIPPED {test}: {error}");
+    }
+    can.is_ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_file_is_read_while_the_first_is_held_back_and_all_comes_once() {
+    for (kind, image, below) in [("tar", one_layer(), "models/"), ("raw", raw_layers(), "")] {
+        let gate = Gate::closed_at(OPEN_BYTES);
+        let held = (OPEN_BYTES, SHARD_BYTES as u64);
+        let server = holding_back(&image, image.layers[0], held, &gate).await;
+        let node = Machine::new(&server.host());
+        let pull = node.start(&server.host(), &image, true);
+        let arriving = pull.arriving().await.unwrap_or_else(|| panic!("{kind}: not listed"));
+        assert_eq!((arriving.digest(), arriving.waited_for()), (image.digest(), 0));
+
+        let last = file(&arriving, &format!("{below}model-3.safetensors"));
+        let content = shard(3);
+        assert!(read(last, 0, 100_000).await == content[..100_000], "{kind}");
+        let tail = SHARD_BYTES - 100_000;
+        assert!(read(last, tail as u64, 100_000).await == content[tail..], "{kind}");
+        let first = file(&arriving, &format!("{below}model-1.safetensors"));
+        assert_eq!(first.has(0..SHARD_BYTES as u64), Ok(false), "{kind}");
+        assert_eq!(node.store().image(&image.digest()).unwrap(), None, "not complete");
+
+        gate.open();
+        let pulled = pull.wait().await.unwrap();
+        assert_eq!(pulled.fetched_bytes, image.layer_bytes(), "{kind}");
+        assert_eq!(asked(&server, &image), image.layer_bytes(), "{kind}: each byte once");
+        let progress = pull.progress();
+        assert_eq!(progress.done_bytes, progress.total_bytes, "{kind}");
+        assert_eq!(
+            listing(&node.store().rootfs(&pulled.digest)),
+            plain_tree(&image).await,
+            "{kind}"
+        );
+        node.assert_nothing_is_under_way();
+        // Who opens it now opens what is stored.
+        assert!(read(first, 0, SHARD_BYTES).await == shard(1));
+        let again = node.start(&server.host(), &image, true);
+        assert!(again.arriving().await.is_none(), "it is here");
+        assert!(again.wait().await.unwrap().already_present);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_of_what_arrives_looks_as_the_stored_image_will() {
+    if !can_fuse("a_mount_of_what_arrives_looks_as_the_stored_image_will") {
+        return;
+    }
+    let image = one_layer();
+    let gate = Gate::closed_at(OPEN_BYTES);
+    let held = (OPEN_BYTES, SHARD_BYTES as u64);
+    let server = holding_back(&image, image.layers[0], held, &gate).await;
+    let node = Machine::new(&server.host());
+    let pull = node.start(&server.host(), &image, true);
+    let arriving = pull.arriving().await.unwrap();
+    let mount = Arc::new(node.mount(&arriving, PATIENT));
+    let target = node.target();
+    let path = target.join("models/model-3.safetensors");
+    let early = tokio::task::spawn_blocking(move || fs::read(path)).await.unwrap().unwrap();
+    assert!(early == shard(3));
+    assert_eq!(node.store().image(&image.digest()).unwrap(), None, "not complete");
+    let path = target.join("models/model-1.safetensors");
+    let late = tokio::task::spawn_blocking(move || fs::read(path));
+    gate.open();
+    assert!(late.await.unwrap().unwrap() == shard(1));
+    pull.wait().await.unwrap();
+    let seen = target.clone();
+    let seen = tokio::task::spawn_blocking(move || listing(&seen)).await.unwrap();
+    assert_eq!(seen, listing(&node.store().rootfs(&image.digest())));
+    assert_eq!(asked(&server, &image), image.layer_bytes(), "each byte once");
+    tokio::task::spawn_blocking(move || drop(mount)).await.unwrap();
+    assert!(!fuse::is_mounted(&target).unwrap());
+}
+
+/// A read of what is held back, in a thread; its error, and how long it took.
+fn blocked(path: PathBuf) -> tokio::task::JoinHandle<(io::Error, Duration)> {
+    let start = Instant::now();
+    tokio::task::spawn_blocking(move || {
+        let file = File::open(path).unwrap();
+        let at = SHARD_BYTES as u64 - 1000;
+        let error = file.read_at(&mut [0; 100], at).unwrap_err();
+        (error, start.elapsed())
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_of_what_does_not_come_return_in_time_on_stop_and_on_abort() {
+    if !can_fuse("readers_of_what_does_not_come_return_in_time_on_stop_and_on_abort") {
+        return;
+    }
+    let image = one_layer();
+    let gate = Gate::closed_at(OPEN_BYTES);
+    let held = (OPEN_BYTES, SHARD_BYTES as u64);
+    let server = holding_back(&image, image.layers[0], held, &gate).await;
+    let node = Machine::new(&server.host());
+    let pull = node.start(&server.host(), &image, true);
+    let arriving = pull.arriving().await.unwrap();
+    let target = node.target();
+    let path = target.join("models/model-1.safetensors");
+
+    let mount = node.mount(&arriving, Duration::from_millis(300));
+    let (error, took) = blocked(path.clone()).await.unwrap();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert!((Duration::from_millis(300)..Duration::from_secs(20)).contains(&took), "{took:?}");
+    tokio::task::spawn_blocking(move || drop(mount)).await.unwrap();
+
+    let mount = node.mount(&arriving, PATIENT);
+    let readers: Vec<_> = (0..3).map(|_| blocked(path.clone())).collect();
+    mount.end_waits();
+    for reader in readers {
+        let (error, took) = tokio::time::timeout(PATIENT / 2, reader).await.unwrap().unwrap();
+        assert_eq!(error.raw_os_error(), Some(libc::EIO));
+        assert!(took < PATIENT, "{took:?}");
+    }
+    tokio::task::spawn_blocking(move || drop(mount)).await.unwrap();
+
+    let mount = node.mount(&arriving, PATIENT);
+    let device = fs::metadata(&target).unwrap().dev();
+    let abort = format!("/sys/fs/fuse/connections/{}/abort", rustix::fs::minor(device));
+    let reader = blocked(path.clone());
+    match File::options().write(true).open(&abort) {
+        Ok(abort) => {
+            io::Write::write_all(&mut &abort, b"1").unwrap();
+            let (error, _) = tokio::time::timeout(PATIENT / 2, reader).await.unwrap().unwrap();
+            let gone = [libc::ECONNABORTED, libc::ENOTCONN, libc::EIO].map(Some);
+            assert!(gone.contains(&error.raw_os_error()), "{error}");
+        }
+        Err(error) => {
+            eprintln!("SKIPPED the abort: {abort}: {error}");
+            mount.end_waits();
+            reader.await.unwrap();
+        }
+    }
+    tokio::task::spawn_blocking(move || drop(mount)).await.unwrap();
+
+    // The pull's own end is an end for who waits, too.
+    let first = file(&arriving, "models/model-1.safetensors").clone();
+    let waiting = tokio::spawn(async move { first.wait(OPEN_BYTES..SHARD_BYTES as u64).await });
+    drop(pull);
+    let ended = tokio::time::timeout(PATIENT / 2, waiting).await.unwrap().unwrap();
+    assert!(ended.unwrap_err().to_string().contains("stopped"));
+    node.puller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_turns_out_wrong_is_not_readable_any_more_and_leaves_nothing() {
+    let (image, mut altered) = (one_layer(), shard(2));
+    altered[5_000_000] ^= 1;
+    let wrong = Image::of(&[Tar::default()
+        .entry("models", tar::EntryType::Directory, "", b"")
+        .file("models/config.json", b"{}")
+        .file("models/empty", b"")
+        .file("models/model-1.safetensors", &shard(1))
+        .file("models/model-2.safetensors", &altered)
+        .file("models/model-3.safetensors", &shard(3))
+        .symlink("models/latest", "model-3.safetensors")
+        .file("models/vocab.txt", b"a b c")
+        .end()]);
+    let gate = Gate::closed_at(OPEN_BYTES);
+    let (right, served, passing) = (image.clone(), wrong.clone(), gate.clone());
+    let server = Scripted::start(move |request| {
+        let (asked, given) = (right.layers[0].to_string(), served.layers[0].to_string());
+        if !request.target.ends_with(&asked) {
+            return right.answer(request);
+        }
+        let mut request = request.clone();
+        request.target = request.target.replace(&asked, &given);
+        match range_of(&request) {
+            Some((from, to)) if from < SHARD_BYTES as u64 && to > OPEN_BYTES => {
+                served.answer_gated(&request, &passing)
+            }
+            _ => served.answer(&request),
+        }
+    })
+    .await;
+    let node = Machine::new(&server.host());
+    let pull = node.start(&server.host(), &image, true);
+    let arriving = pull.arriving().await.unwrap();
+    let second = file(&arriving, "models/model-2.safetensors");
+    assert!(read(second, 0, SHARD_BYTES).await == altered, "nobody can know yet");
+    let fused = can_fuse("reads through the mount of a wrong layer");
+    let mount = fused.then(|| node.mount(&arriving, PATIENT));
+    gate.open();
+    let error = pull.wait().await.unwrap_err();
+    assert!(matches!(error, PullError::Mismatch(_)), "{error}");
+    assert!(second.has(0..1).unwrap_err().to_string().contains("the source altered them"));
+    if let Some(mount) = mount {
+        let path = node.target().join("models/config.json");
+        let read = tokio::task::spawn_blocking(move || {
+            let read = fs::read(path);
+            drop(mount);
+            read
+        });
+        assert_eq!(read.await.unwrap().unwrap_err().raw_os_error(), Some(libc::EIO));
+    }
+    assert_eq!(node.store().image(&image.digest()).unwrap(), None);
+    for folder in ["ingest", "leases", "trees", "refs", "layers"] {
+        assert_eq!(files_below(&node.store().root().join(folder)), Files::new(), "{folder}");
+    }
+    assert_eq!(node.store().usage().unwrap().objects, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn compressed_layers_are_waited_for() {
+    if !tools() {
+        return;
+    }
+    let gzip = "application/vnd.oci.image.layer.v1.tar+gzip";
+    let plain = "application/vnd.oci.image.layer.v1.tar";
+    let content = shard(7);
+    let layers = [
+        Layer::made(gzip, "tar+gzip", &[("a", &content[..100_000])]),
+        Layer::made(plain, "tar", &[("b", &content)]),
+    ];
+    let config = json!({"architecture": "amd64", "os": "linux", "rootfs": {
+        "type": "layers", "diff_ids": [layers[0].diff_id, layers[1].diff_id]}});
+    let mut layout = Layout::new();
+    let config = ("application/vnd.oci.image.config.v1+json", &config);
+    let digest = layout.add("v1", "", config, &layers);
+    let image = Image::of_layout(&layout, &digest);
+    let gate = Gate::closed_at(OPEN_BYTES);
+    let held = (OPEN_BYTES, SHARD_BYTES as u64);
+    let server = holding_back(&image, image.layers[1], held, &gate).await;
+    let node = Machine::new(&server.host());
+    let pull = node.start(&server.host(), &image, true);
+    let arriving = pull.arriving().await.unwrap();
+    assert_eq!(arriving.waited_for(), 1);
+    match arriving.tree().get("a") {
+        Some(Node::File { object, .. }) => assert!(arriving.file(object).is_none(), "it is stored"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(file(&arriving, "b").has(0..SHARD_BYTES as u64), Ok(false));
+    gate.open();
+    pull.wait().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_killed_goes_on_as_a_plain_pull() {
+    const BYTES: usize = 160 * 1024 * 1024;
+    const KILLED_AT: u64 = 120 * 1024 * 1024;
+    const MOST_AGAIN: u64 = 64 * 1024 * 1024;
+    if !can_fuse("a_stream_that_is_killed_goes_on_as_a_plain_pull") {
+        return;
+    }
+    let content = noise(BYTES, 9);
+    let image = Image::of(&[Tar::default().file("weights", &content).end()]);
+    let gate = Gate::closed_at(KILLED_AT);
+    // But for the end of the layer, which shows that no file comes behind.
+    let server = holding_back(&image, image.layers[0], (0, BYTES as u64), &gate).await;
+    let folder = tempfile::tempdir().unwrap();
+    let (root, target) = (folder.path().join("store"), folder.path().join("mount"));
+    let host = server.host();
+    let place = format!("{host}/models/llama@{}", image.digest());
+    let carport = |arguments: &[&str]| {
+        let mut command = Command::new(carport_tests::carport::binary());
+        command.args(arguments).args(["--plain-http", &host, "--root"]).arg(&root).arg(&place);
+        command.stdin(Stdio::null());
+        command
+    };
+    let mut stream = carport(&["mount", "--stream", "--foreground"]);
+    let mut stream = stream.arg(&target).stdout(Stdio::null()).spawn().unwrap();
+    gate.reached(KILLED_AT).await;
+    let early = target.join("weights");
+    let early = tokio::task::spawn_blocking(move || {
+        let mut bytes = vec![0; 1000];
+        File::open(early).unwrap().read_exact_at(&mut bytes, 50_000_000).unwrap();
+        bytes
+    });
+    assert!(early.await.unwrap() == content[50_000_000..50_001_000]);
+    stream.kill().unwrap();
+    stream.wait().unwrap();
+    fuse::unmount(&target).unwrap();
+
+    gate.open();
+    let mut pull = carport(&["pull"]);
+    let pulled = tokio::task::spawn_blocking(move || pull.output().unwrap()).await.unwrap();
+    assert!(pulled.status.success(), "{}", String::from_utf8_lossy(&pulled.stderr));
+    let again = gate.served().saturating_sub(image.layer_bytes());
+    assert!(again <= MOST_AGAIN, "{again} bytes came twice");
+    let store = Store::open(&root).unwrap();
+    assert!(fs::read(store.rootfs(&image.digest()).join("weights")).unwrap() == content);
+    assert_eq!(files_below(&root.join("ingest")), Files::new());
+}
