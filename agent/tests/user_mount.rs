@@ -191,6 +191,32 @@ fn a_user_mounts_reads_and_unmounts() {
 }
 
 #[test]
+fn a_user_reads_an_image_that_arrives() {
+    as_ordinary_user("a_user_reads_an_image_that_arrives", || {
+        let home = Home::new();
+        let target = home.target();
+        let json = home.done(&["-o", "json", "mount", "--stream", &home.image, target]);
+        let json: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((&json["arriving"], &json["waited_for"]), (&true.into(), &0.into()));
+        assert_eq!(home.cat("config.json").stdout, b"{}");
+        assert!(home.cat("weights").stdout == vec![7; WEIGHTS]);
+        home.done(&["mount", "--stream", &home.image, target]);
+        assert_eq!(home.records(), 1, "no second server");
+        home.done(&["umount", target]);
+        assert_eq!(home.records(), 0);
+
+        // Whether it was complete by then or not, it goes on where it was.
+        home.done(&["pull", &home.image]);
+        let json = home.done(&["-o", "json", "mount", "--stream", &home.image, target]);
+        let json: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(json["arriving"], false, "it is stored");
+        assert!(home.cat("weights").stdout == vec![7; WEIGHTS]);
+        home.done(&["umount", target]);
+        home.done(&["rm", &home.image]);
+    });
+}
+
+#[test]
 fn a_folder_of_the_image_is_mounted_alone() {
     as_ordinary_user("a_folder_of_the_image_is_mounted_alone", || {
         let home = Home::new();
