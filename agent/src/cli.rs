@@ -168,9 +168,10 @@ pub enum Command {
     ///
     /// JSON: {node_name, agent_version, state, epoch, sequence, reasons: [{code, message}], store:
     /// {capacity_bytes, used_bytes, free_bytes, mounted_bytes, reclaimable_bytes,
-    /// dedupe_saved_bytes}, models: [{reference, digest, state, total_bytes, present_bytes,
-    /// download_bytes, mount_count, pull: {done_bytes, total_bytes, bytes_per_second, eta_seconds},
-    /// error}], gpus: as `carport gpus`}. What is not known is null.
+    /// dedupe_saved_bytes}, runtime: {connected, image_count}, models: [{reference, digest, state,
+    /// places: ["store", "runtime"], total_bytes, present_bytes, download_bytes, mount_count, pull:
+    /// {done_bytes, total_bytes, bytes_per_second, eta_seconds}, error}], gpus: as `carport gpus`}.
+    /// What is not known is null.
     Status(Remote),
     /// Show the GPUs, from the daemon or, where none runs, from NVML.
     ///

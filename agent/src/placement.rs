@@ -5,6 +5,7 @@
 use std::time::{Duration, SystemTime};
 
 use carport_image::pull::{PullProgress, PullState};
+use carport_image::runtime::RuntimeImage;
 use carport_image::store::{Fits, Held, Promised, Room, StoredImage};
 use carport_image::{Digest, Reference};
 
@@ -36,6 +37,8 @@ pub struct Model<'a> {
     pub image: Option<&'a StoredImage>,
     /// The pull of it that is under way, or failed lately; never set where the image is complete.
     pub pull: Option<&'a PullProgress>,
+    /// The container runtime's complete image.
+    pub runtime: Option<&'a RuntimeImage>,
 }
 
 impl<'a> Model<'a> {
@@ -56,7 +59,9 @@ impl<'a> Model<'a> {
             found.clone().find(|pull| in_flight(pull)).or_else(|| found.next_back())
         };
         let digest = digest.or_else(|| pull.and_then(|pull| pull.digest));
-        Self { wanted, digest, image, pull }
+        let runtime = state.in_runtime(digest, wanted.reference.as_ref());
+        let digest = digest.or_else(|| runtime.map(|image| image.digest));
+        Self { wanted, digest, image, pull, runtime }
     }
 
     fn is_same(&self, other: &Self) -> bool {
@@ -68,16 +73,22 @@ impl<'a> Model<'a> {
 
     /// Whether the node has ever heard of it.
     pub fn is_known(&self) -> bool {
-        self.image.is_some() || self.pull.is_some_and(|pull| pull.digest.is_some())
+        self.is_here() || self.pull.is_some_and(|pull| pull.digest.is_some())
+    }
+
+    /// Whether it is complete on this node: in the store, or in the container runtime while nobody
+    /// waits for it to come into the store.
+    pub fn is_here(&self) -> bool {
+        self.image.is_some() || (self.runtime.is_some() && !self.pull.is_some_and(in_flight))
     }
 
     /// Bytes that are not here. `None`: its size is not known.
     ///
     /// Of a pull under way as they travel; models hardly compress.
     pub fn missing_bytes(&self) -> Option<u64> {
-        match (self.image, self.pull) {
-            (Some(_), _) => Some(0),
-            (None, Some(pull)) if in_flight(pull) => remaining(pull),
+        match self.pull {
+            _ if self.is_here() => Some(0),
+            Some(pull) if in_flight(pull) => remaining(pull),
             _ => None,
         }
     }
@@ -122,9 +133,9 @@ pub fn evaluate(models: &[Model<'_>], state: &NodeState, pulls: &[PullProgress])
     }
     let missing_bytes = distinct.iter().map(|model| model.missing_bytes()).sum::<Option<u64>>();
     let longest = |pick: fn(Eta) -> Duration| {
-        let each = distinct.iter().map(|model| match model.image {
-            Some(_) => Some(Duration::ZERO),
-            None => model.pull.and_then(|pull| eta(pull, pulls, &state.rates)).map(pick),
+        let each = distinct.iter().map(|model| match model.is_here() {
+            true => Some(Duration::ZERO),
+            false => model.pull.and_then(|pull| eta(pull, pulls, &state.rates)).map(pick),
         });
         each.collect::<Option<Vec<_>>>().map(|all| all.into_iter().max().unwrap_or_default())
     };
@@ -275,6 +286,30 @@ mod tests {
         let answer = ask(&["r/a:1"], &state, &[]);
         assert_eq!((answer.missing_bytes, answer.eta), (Some(0), Some(Duration::ZERO)));
         assert!(answer.fit.unwrap().fits_without_eviction);
+    }
+
+    #[test]
+    fn what_the_runtime_has_is_here_unless_a_pull_brings_it_or_the_runtime_is_away() {
+        use carport_image::runtime::{Inventory, RuntimeImage};
+        let digest = Digest::of(b"x");
+        let name = "r/a:1".parse::<Reference>().unwrap().to_string();
+        let (references, layers) = (vec![name.clone()], Vec::new());
+        let image = RuntimeImage { digest, references, bytes: 9, unpacked: true, layers };
+        let mut inventory = Inventory { connected: true, ..Inventory::default() };
+        inventory.references.insert(name, digest);
+        inventory.images.insert(digest, Arc::new(image));
+        let mut state = node(vec![]);
+        state.runtime = Arc::new(inventory.clone());
+        let answer = ask(&["r/a:1"], &state, &[]);
+        assert_eq!((answer.missing_bytes, answer.eta), (Some(0), Some(Duration::ZERO)));
+        let by_tag = wanted("r/a:1");
+        assert_eq!(Model::find(&by_tag, &state, &[]).digest, Some(digest));
+        // Who waits for it in the store waits for the rest of it.
+        let answer = ask(&["r/a:1"], &state, &[pull("r/a:1", 1, 10)]);
+        assert_eq!(answer.missing_bytes, Some(9));
+        inventory.connected = false;
+        state.runtime = Arc::new(inventory);
+        assert!(!Model::find(&by_tag, &state, &[]).is_known());
     }
 
     #[test]

@@ -21,6 +21,7 @@ use anyhow::Context as _;
 use carport_csi::mount::KernelMounter;
 use carport_csi::volume::LayoutFolders;
 use carport_csi::{BoundDriver, Driver, DriverConfig, Volumes};
+use carport_image::runtime::Inventory;
 use carport_image::{Puller, Store};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -84,6 +85,7 @@ struct Agent {
     metrics: Arc<Metrics>,
     keeper: Keeper,
     prepull: watch::Sender<Arc<prepull::Report>>,
+    inventory: watch::Sender<Arc<Inventory>>,
     state: watch::Receiver<Arc<NodeState>>,
     socket: Socket,
     tcp: Option<Tcp>,
@@ -126,9 +128,16 @@ impl Agent {
         }
         let gpus = gpu::start(config.gpu_options()).context("start the GPU thread")?;
         let (prepull, reported) = watch::channel(Arc::default());
-        let (keeper, state) =
-            Keeper::new(puller.clone(), volumes, gpus.reader(), reported, Arc::clone(&metrics))
-                .await?;
+        let (inventory, listed) = watch::channel(Arc::default());
+        let (keeper, state) = Keeper::new(
+            puller.clone(),
+            volumes,
+            gpus.reader(),
+            reported,
+            listed,
+            Arc::clone(&metrics),
+        )
+        .await?;
         Ok(Self {
             config,
             puller,
@@ -137,6 +146,7 @@ impl Agent {
             metrics,
             keeper,
             prepull,
+            inventory,
             state,
             socket,
             tcp,
@@ -153,6 +163,7 @@ impl Agent {
             metrics,
             keeper,
             prepull,
+            inventory,
             state,
             socket,
             tcp,
@@ -213,6 +224,15 @@ impl Agent {
             let rate = config.store.scrub.rate.bytes_per_second().get();
             work.start(move |stop| async move {
                 scrub::run(puller, interval, rate, metrics, stop).await;
+                Ok(())
+            });
+        }
+        if let Some(runtime) = puller.runtime().cloned() {
+            rest.start(|stop| async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = runtime.follow(&inventory) => {}
+                }
                 Ok(())
             });
         }

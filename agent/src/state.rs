@@ -26,6 +26,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use carport_csi::volume::VolumeRecord;
 use carport_image::pull::{PullProgress, PullState};
+use carport_image::runtime::{Inventory, RuntimeImage};
 use carport_image::store::{
     Limits, Pin, RecordKind, Reservation, Room, Space, Store, StoreError, StoredImage, Usage,
 };
@@ -97,6 +98,8 @@ pub struct NodeState {
     pub rates: Arc<Rates>,
     /// The pre-pull list.
     pub prepull: Arc<prepull::Report>,
+    /// What the container runtime has, with its age.
+    pub runtime: Arc<Inventory>,
     /// What is wrong. Empty: the node is well.
     pub troubles: Vec<Trouble>,
 }
@@ -206,8 +209,19 @@ impl NodeState {
             gpus,
             rates: Arc::default(),
             prepull: Arc::default(),
+            runtime: Arc::default(),
             troubles: Vec::new(),
         }
+    }
+
+    /// The complete image in the container runtime that a digest or a reference names; none while
+    /// the runtime does not tell of changes.
+    pub fn in_runtime(
+        &self,
+        digest: Option<Digest>,
+        reference: Option<&Reference>,
+    ) -> Option<&RuntimeImage> {
+        self.runtime.connected.then(|| self.runtime.find(digest, reference)).flatten()
     }
 
     /// The digest that `reference` means on this node: its own, or what the store recorded.

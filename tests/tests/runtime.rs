@@ -13,8 +13,11 @@ use carport_image::pull::{
 use carport_image::runtime::{Inventory, Namespace, Runtime, RuntimeOptions};
 use carport_image::source::{Audience, ManifestName, PullSecret, Source, SourceError};
 use carport_image::{Digest, PullError, Puller, Store};
+use carport_proto::carport::v1 as api;
+use carport_tests::carport::binary;
 use carport_tests::containerd::Containerd;
 use carport_tests::models::{Model, reference, secret, sources};
+use carport_tests::node::{self, Setup, eventually};
 use carport_tests::registry::{PASSWORD, Registry, USERNAME};
 use carport_tests::sources::{Known, conforms};
 use tempfile::TempDir;
@@ -440,4 +443,61 @@ async fn five_hundred_images_are_listed_within_two_seconds_and_a_burst_within_on
     let (_, lag) = seen(&mut inventory, "all names", |now| now.references.len() == 1500).await;
     eprintln!("1,000 events in {tagged:?}; all seen {lag:?} after the last");
     assert!(lag < Duration::from_secs(1), "{lag:?}");
+}
+
+/// What the agent says of one image.
+async fn located(agent: &node::Node, image: &str) -> (api::NodeEvaluation, api::ModelLocality) {
+    let model = api::ModelRef { reference: image.to_owned(), ..Default::default() };
+    let question = api::EvaluatePlacementRequest { models: vec![model], ..Default::default() };
+    let answer = agent.locality().await.evaluate_placement(question).await.unwrap().into_inner();
+    let node = answer.nodes.into_iter().next().unwrap();
+    let model = node.models[0].clone();
+    (node, model)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agent_answers_for_containerds_images_and_makes_volumes_of_them() {
+    use api::Place::{Runtime as InRuntime, Store as InStore};
+    let Some(mut here) = Node::new().await else { return };
+    let socket = here.containerd.socket();
+    let config = format!(
+        "runtime: {{containerd: {{enabled: true, socket: {}, namespaces: [k8s.io]}}}}\n",
+        socket.display()
+    );
+    let setup = Setup { config: Some(config), ..Setup::plain_http(&[here.registry.host()]) };
+    let Some(agent) = node::Node::set_up(binary(), setup) else { return };
+    let image = here.image.clone();
+    let is_ready = async || located(&agent, &image).await.1.state() == api::ModelState::Ready;
+    eventually("the image in containerd is known", is_ready).await;
+    let (node, model) = located(&agent, &image).await;
+    assert_eq!(model.places().collect::<Vec<_>>(), [InRuntime]);
+    assert_eq!(model.model.unwrap().digest, here.digest.to_string());
+    assert_eq!((node.score, node.missing_bytes, model.total_bytes), (100, Some(0), None));
+    let status = agent.json(&["status"]);
+    let expected = serde_json::json!({ "connected": true, "image_count": 1 });
+    assert_eq!(status["runtime"], expected);
+
+    // A volume of it costs the network its manifest.
+    here.empty_registry();
+    let pod = agent.pod("a");
+    agent.publish(&pod, &image).await.unwrap();
+    let both = async || {
+        let (_, model) = located(&agent, &image).await;
+        model.places().collect::<Vec<_>>() == [InStore, InRuntime]
+    };
+    eventually("both places are known", both).await;
+    let all: u64 = here.layers().iter().map(|(_, size)| size).sum();
+    #[allow(clippy::cast_precision_loss)]
+    let read = async || agent.metric("carport_runtime_bytes_total").await >= all as f64;
+    eventually("what was read there is counted", read).await;
+    agent.unpublish(&pod).await.unwrap();
+
+    // Without containerd nothing is claimed of what it had.
+    here.containerd.kill().unwrap();
+    let alone = async || {
+        let (_, model) = located(&agent, &image).await;
+        model.places().collect::<Vec<_>>() == [InStore]
+    };
+    eventually("containerd's absence is known", alone).await;
+    assert_eq!(agent.json(&["status"])["runtime"]["connected"], false);
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use carport_csi::volume::PodInfo;
 use carport_image::pull::{PullProgress, PullState};
+use carport_image::runtime::Inventory;
 use carport_image::store::{Pin, StoredImage};
 use carport_image::{Digest, Reference};
 use carport_proto::carport::v1;
@@ -86,7 +87,11 @@ pub fn model(
     let reference = match (&model.wanted.reference, model.image) {
         (Some(reference), _) => reference.to_string(),
         (None, Some(image)) => image.references.first().cloned().unwrap_or_default(),
-        (None, None) => model.pull.map(|pull| pull.reference.to_string()).unwrap_or_default(),
+        (None, None) => {
+            let pulled = model.pull.map(|pull| pull.reference.to_string());
+            let named = || model.runtime.and_then(|image| image.references.first().cloned());
+            pulled.or_else(named).unwrap_or_default()
+        }
     };
     let digest = model.digest.map(|digest| digest.to_string()).unwrap_or_default();
     let mut answer = v1::ModelLocality {
@@ -125,6 +130,14 @@ pub fn model(
         }
         answer.last_error = pull_failure(&pull.state);
     }
+    if model.is_here() {
+        answer.download_bytes = Some(0);
+    }
+    let places = [
+        model.image.map(|_| v1::Place::Store.into()),
+        model.runtime.map(|_| v1::Place::Runtime.into()),
+    ];
+    answer.places = places.into_iter().flatten().collect();
     answer
 }
 
@@ -145,13 +158,13 @@ fn eviction_risk(image: &StoredImage, state: &NodeState, now: SystemTime) -> v1:
 }
 
 fn model_state(model: &Model<'_>) -> v1::ModelState {
-    match (model.image, model.pull.map(|pull| &pull.state)) {
-        (Some(_), _) => v1::ModelState::Ready,
-        (None, None | Some(PullState::Done)) => v1::ModelState::Absent,
-        (None, Some(PullState::Resolving)) => v1::ModelState::Queued,
-        (None, Some(PullState::Pulling)) => v1::ModelState::Pulling,
-        (None, Some(PullState::Finishing)) => v1::ModelState::Verifying,
-        (None, Some(PullState::Failed { .. })) => v1::ModelState::Failed,
+    match model.pull.map(|pull| &pull.state) {
+        _ if model.is_here() => v1::ModelState::Ready,
+        None | Some(PullState::Done) => v1::ModelState::Absent,
+        Some(PullState::Resolving) => v1::ModelState::Queued,
+        Some(PullState::Pulling) => v1::ModelState::Pulling,
+        Some(PullState::Finishing) => v1::ModelState::Verifying,
+        Some(PullState::Failed { .. }) => v1::ModelState::Failed,
     }
 }
 
@@ -176,6 +189,15 @@ pub(super) fn pull_message(pull: &PullProgress, pulls: &[PullProgress], rates: &
 
 fn pod(pod: &PodInfo) -> v1::PodRef {
     v1::PodRef { namespace: pod.namespace.clone(), name: pod.name.clone(), uid: pod.uid.clone() }
+}
+
+/// The container runtime; nothing before it has answered.
+pub fn runtime(inventory: &Inventory) -> Option<v1::Runtime> {
+    Some(v1::Runtime {
+        connected: inventory.connected,
+        image_count: count(inventory.images.len()),
+        list_time: Some(timestamp(inventory.listed_at?)),
+    })
 }
 
 /// Whether it fits.

@@ -289,6 +289,10 @@ fn still_node(mut node: v1::Node) -> v1::Node {
     node.observe_time = None;
     node.bandwidth = None;
     node.gpus = None;
+    if let Some(runtime) = &mut node.runtime {
+        // Listed once a minute, whatever has changed.
+        runtime.list_time = None;
+    }
     if let Some(store) = &mut node.store {
         // What pulls under way will take moves with their bytes.
         store.reserved_bytes = 0;

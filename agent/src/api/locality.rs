@@ -120,6 +120,7 @@ impl Api {
             bandwidth: Some(convert::bandwidth(state, pulls)),
             gpus: Some(gpu::inventory(&state.gpus.as_of(Instant::now()))),
             reasons: convert::reasons(&state.troubles),
+            runtime: convert::runtime(&state.runtime),
         }
     }
 }
@@ -201,7 +202,7 @@ impl Api {
             convert::gpu_match(found)
         });
         for model in models {
-            if model.image.is_some() {
+            if model.is_here() {
                 continue;
             }
             let name = match (&model.wanted.reference, model.wanted.digest) {

@@ -55,6 +55,7 @@ pub(super) fn node(message: v1::Node, mask: Option<&FieldMask>) -> Result<v1::No
             bandwidth,
             gpus,
             reasons,
+            runtime,
         ]
     )
 }
@@ -82,6 +83,7 @@ pub(super) fn model(
             eviction_risk,
             streamable,
             last_error,
+            places,
         ]
     )
 }

@@ -97,6 +97,7 @@ pub(super) struct Model {
     pub(super) reference: String,
     pub(super) digest: String,
     pub(super) state: String,
+    pub(super) places: Vec<String>,
     pub(super) total_bytes: Option<u64>,
     pub(super) present_bytes: u64,
     pub(super) download_bytes: Option<u64>,
@@ -125,11 +126,13 @@ impl From<v1::ModelLocality> for Model {
     fn from(message: v1::ModelLocality) -> Self {
         let state = message.state().as_str_name();
         let state = name(state, "MODEL_STATE_");
+        let places = message.places().map(|place| name(place.as_str_name(), "PLACE_")).collect();
         let model = message.model.unwrap_or_default();
         Self {
             reference: model.reference,
             digest: model.digest,
             state,
+            places,
             total_bytes: message.total_bytes,
             present_bytes: message.present_bytes,
             download_bytes: message.download_bytes,

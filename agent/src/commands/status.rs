@@ -21,8 +21,15 @@ struct Node {
     sequence: u64,
     reasons: Vec<Reason>,
     store: Store,
+    runtime: Option<Runtime>,
     models: Vec<Model>,
     gpus: GpuInventory,
+}
+
+#[derive(Debug, Serialize)]
+struct Runtime {
+    connected: bool,
+    image_count: u32,
 }
 
 #[derive(Debug, Serialize)]
@@ -58,6 +65,10 @@ pub(super) async fn run(output: Output, config: &Config, remote: &Remote) -> any
             reclaimable_bytes: store.reclaimable_bytes,
             dedupe_saved_bytes: store.dedupe_saved_bytes,
         },
+        runtime: node.runtime.map(|runtime| Runtime {
+            connected: runtime.connected,
+            image_count: runtime.image_count,
+        }),
         models,
         gpus: from_wire(&node.gpus.unwrap_or_default()),
     };
@@ -92,6 +103,12 @@ fn text(node: &Node) -> String {
         size(store.capacity_bytes),
         size(store.dedupe_saved_bytes),
     );
+    if let Some(runtime) = &node.runtime {
+        text += &match runtime.connected {
+            true => format!("container runtime: {} images\n", runtime.image_count),
+            false => "container runtime: does not answer\n".to_owned(),
+        };
+    }
     for reason in &node.reasons {
         text += &format!("{}: {}\n", reason.code, reason.message);
     }

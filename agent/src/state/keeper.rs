@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use carport_csi::Volumes;
 use carport_image::pull::{PullProgress, PullState};
+use carport_image::runtime::Inventory;
 use carport_image::store::{Promised, Space, Store, StoreError, Survey, Usage};
 use carport_image::{Digest, Puller, Reference};
 use notify::{RecursiveMode, Watcher as _};
@@ -46,6 +47,7 @@ pub struct Keeper {
     volumes: Volumes,
     gpus: GpuReader,
     prepull: watch::Receiver<Arc<prepull::Report>>,
+    inventory: watch::Receiver<Arc<Inventory>>,
     metrics: Arc<Metrics>,
     state: watch::Sender<Arc<NodeState>>,
     rates: Rates,
@@ -71,6 +73,7 @@ impl Keeper {
         volumes: Volumes,
         gpus: GpuReader,
         prepull: watch::Receiver<Arc<prepull::Report>>,
+        inventory: watch::Receiver<Arc<Inventory>>,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, watch::Receiver<Arc<NodeState>>), StoreError> {
         let dirty = Arc::new(Notify::new());
@@ -90,6 +93,7 @@ impl Keeper {
             volumes,
             gpus,
             prepull,
+            inventory,
             metrics,
             state,
             rates: Rates::default(),
@@ -147,7 +151,11 @@ impl Keeper {
                     contents_due = true;
                     walk_due |= walked.elapsed() >= IDLE_WALK_PART * walk_took;
                 }
-                // Nobody tells any more: no list is followed.
+                // Nobody tells: no runtime is asked, or no list is followed.
+                Ok(()) = self.inventory.changed() => {
+                    let now = Arc::clone(&self.inventory.borrow_and_update());
+                    self.publish(|state| state.runtime = now);
+                }
                 Ok(()) = self.prepull.changed() => {
                     let report = Arc::clone(&self.prepull.borrow_and_update());
                     self.publish(|state| state.adopt_report(report));
@@ -379,6 +387,7 @@ impl NodeState {
             && self.room.space == other.room.space
             && self.room.unused_bytes == other.room.unused_bytes
             && self.usage == other.usage
+            && self.runtime.same(&other.runtime)
             && self.troubles == other.troubles
             && same_gpus(&self.gpus, &other.gpus)
     }
