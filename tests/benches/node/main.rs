@@ -13,6 +13,7 @@ use anyhow::Context as _;
 
 mod containerd;
 mod finetune;
+mod ingest;
 mod locality;
 mod measure;
 mod packed;
@@ -44,6 +45,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("finetune") {
         finetune::run(carport, &mut report).context("bench of a fine-tune's pull")?;
+    }
+    if wanted("ingest") {
+        ingest::run(carport, &mut report).context("bench of what containerd has")?;
     }
     if wanted("publish") {
         publish::run(carport, &mut report).await.context("bench of publishes")?;

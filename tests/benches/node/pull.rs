@@ -185,7 +185,11 @@ pub(crate) fn write_model(folder: &Path, files: usize, bytes: usize) -> anyhow::
 }
 
 /// The digests of the image's layers.
-fn blobs(registry: &Registry, repository: &str, reference: &str) -> anyhow::Result<Vec<String>> {
+pub(crate) fn blobs(
+    registry: &Registry,
+    repository: &str,
+    reference: &str,
+) -> anyhow::Result<Vec<String>> {
     let output = Command::new("curl")
         .args(["--silent", "--show-error", "--fail"])
         .args(["--header", "Accept: application/vnd.oci.image.manifest.v1+json"])
