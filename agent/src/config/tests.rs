@@ -129,21 +129,6 @@ fn what_is_printed_reads_back_as_the_same() {
     assert_eq!(parse(&yaml).unwrap(), config, "{yaml}");
 }
 
-#[test]
-fn an_ordinary_user_gets_places_of_their_own() {
-    let env = |name: &str| match name {
-        "HOME" => Some(PathBuf::from("/home/ada")),
-        "XDG_RUNTIME_DIR" => Some(PathBuf::from("/run/user/1000")),
-        _ => None,
-    };
-    let home = Home::of(false, env);
-    assert_eq!(home.root(), Path::new("/home/ada/.local/share/carport"));
-    assert_eq!(home.socket(), Path::new("/run/user/1000/carport/carport.sock"));
-    assert_eq!(home.config_file(), Path::new("/home/ada/.config/carport/config.yaml"));
-    assert_eq!(Home::of(true, env), Home::System);
-    assert_eq!(Home::System.root(), Path::new("/var/lib/carport"));
-}
-
 /// Every leaf of a value as `a.b.c`, with what it holds.
 fn leaves(prefix: &str, value: &serde_json::Value, into: &mut Vec<(String, serde_json::Value)>) {
     match value {
