@@ -83,7 +83,7 @@ impl Default for PullOptions {
         Self {
             concurrent_layers: 2,
             connections_per_layer: 4,
-            window_bytes: 64 * 1024 * 1024,
+            window_bytes: 48 * 1024 * 1024,
             attempts: 5,
         }
     }

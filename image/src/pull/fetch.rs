@@ -36,7 +36,7 @@ use crate::source::{BlobBody, Source, SourceError};
 
 /// Bytes of one ranged request. Much smaller, and the registry's work for each request shows;
 /// much larger, and the window holds too few of them.
-const RANGE_BYTES: u64 = 16 * 1024 * 1024;
+const RANGE_BYTES: u64 = 12 * 1024 * 1024;
 
 /// Credit is counted in KiB: a semaphore's counter is too small for bytes.
 const CREDIT: u64 = 1024;

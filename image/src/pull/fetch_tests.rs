@@ -193,7 +193,7 @@ async fn a_source_without_ranges_is_read_over_one_connection() {
 async fn a_range_that_breaks_off_goes_on_from_its_last_byte() {
     for ranges in [true, false] {
         let mut blobs = Blobs::new(RANGE_BYTES + 5 * MIB);
-        blobs.breaks_after = Some(if ranges { 3 * MIB } else { 18 * MIB });
+        blobs.breaks_after = Some(if ranges { 3 * MIB } else { RANGE_BYTES + 2 * MIB });
         blobs.ranges = ranges;
         let blobs = Arc::new(blobs);
         if ranges {
@@ -205,7 +205,7 @@ async fn a_range_that_breaks_off_goes_on_from_its_last_byte() {
             );
         } else {
             // Without ranges each try begins at 0 and breaks at the same place: an error, not a loop.
-            let error = fetch(&blobs, 0).await.unwrap_err();
+            let error = fetch(&blobs, 0).await.map(|got| got.len()).unwrap_err();
             assert!(error.to_string().contains("connection reset"), "{error}");
         }
     }
@@ -287,7 +287,7 @@ async fn a_cap_holds_for_what_comes_over_the_network() {
         total_bytes_per_second: std::num::NonZeroU64::new(10 * MIB),
         ..Bandwidth::default()
     });
-    for (local, seconds) in [(false, 6..8), (true, 0..1)] {
+    for (local, seconds) in [(false, 4..6), (true, 0..1)] {
         let mut blobs = Blobs::new(4 * RANGE_BYTES);
         blobs.local = local;
         let start = tokio::time::Instant::now();
