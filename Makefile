@@ -8,8 +8,8 @@ FUZZ_SECONDS ?= 30
 VERSION = $(shell $(CARGO) pkgid --package carport-agent | sed 's/.*[\#@]//')
 
 # What the build, the tests and the demo use besides Rust. All of it is in Debian and Ubuntu.
-PACKAGES := build-essential ca-certificates curl docker-registry fuse3 openssl pkg-config protobuf-compiler python3 skopeo util-linux zstd
-PROGRAMS := cc curl docker-registry fusermount3 openssl protoc python3 skopeo unshare zstd
+PACKAGES := build-essential ca-certificates curl docker-registry fuse3 openssl pkg-config protobuf-compiler python3 skopeo strace util-linux zstd
+PROGRAMS := cc curl docker-registry fusermount3 openssl protoc python3 skopeo strace unshare zstd
 
 .PHONY: help
 help: ## Show this list

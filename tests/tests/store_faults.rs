@@ -1,7 +1,9 @@
 //! The store's disk fails at each of its writes: every error is clear, and the store is sound after it.
 //!
 //! The failures are the kernel's own: a tmpfs that has room for one inode or one page more each
-//! time, a process that may open one file more each time, a file system that is read-only.
+//! time, a process that may open one file more each time, a file system that is read-only. A disk
+//! that breaks, and a file with as many links as a file may have, are played by strace, which lets one call of the
+//! process return the error that the kernel would.
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on says where
 
@@ -88,6 +90,22 @@ impl Bench {
 
     fn carport(&self, arguments: &[&str]) -> Output {
         self.command(binary()).args(arguments).output().unwrap()
+    }
+
+    /// Runs `carport` with the `nth` call of each of its threads to `call` failing as `error`; `None` where
+    /// there is no such call.
+    fn failing(&self, call: &str, error: &str, nth: u32, arguments: &[&str]) -> Option<Output> {
+        let record = self.folder.path().join("calls");
+        let output = self
+            .command("strace")
+            .args(["--follow-forks", "--seccomp-bpf", "--quiet=all", "--output"])
+            .arg(&record)
+            .args(["--trace", call, "--inject", &format!("{call}:error={error}:when={nth}")])
+            .arg(binary())
+            .args(arguments)
+            .output()
+            .unwrap();
+        fs::read_to_string(record).unwrap().contains("(INJECTED)").then_some(output)
     }
 
     fn works(&self, arguments: &[&str]) -> String {
@@ -224,4 +242,126 @@ fn a_read_only_store_can_be_looked_at_and_says_why_it_takes_nothing() {
     bench.disk.remount("rw");
     bench.works(&["rm", &bench.image]);
     bench.is_sound_after(what);
+}
+
+/// Whether calls can be made to fail here.
+fn has_strace() -> bool {
+    let traced =
+        Command::new("strace").args(["--quiet=all", "--seccomp-bpf", "-f", "true"]).output();
+    let works = traced.is_ok_and(|output| output.status.success());
+    if !works {
+        eprintln!("skipped: no strace that may trace (package strace)");
+    }
+    works
+}
+
+/// The calls by which a store is written, and its folders read.
+const CALLS: [&str; 17] = [
+    "fallocate",
+    "fchmod",
+    "fdatasync",
+    "fsync",
+    "getdents64",
+    "linkat",
+    "mkdir",
+    "mkdirat",
+    "openat2",
+    "pread64",
+    "pwrite64",
+    "rename",
+    "renameat",
+    "syncfs",
+    "unlink",
+    "unlinkat",
+    "utimensat",
+];
+
+/// Of the same call in a row, these fail; the steps between them are alike.
+const NTH: [u32; 5] = [1, 2, 4, 8, 16];
+
+#[test]
+fn the_disk_breaks_at_any_call_of_a_pull() {
+    let Some(bench) = Bench::new().filter(|_| has_strace()) else { return };
+    let mut failed = 0;
+    for (call, nth) in CALLS.iter().flat_map(|call| NTH.map(|nth| (call, nth))) {
+        let what = format!("EIO of {call} {nth}");
+        let output = bench.failing(call, "EIO", nth, &["pull", &bench.image]);
+        match output.filter(|output| !output.status.success()) {
+            // Before carport itself: the loader reads libraries.
+            Some(output) if output.status.code() == Some(127) => {}
+            Some(output) => {
+                assert_clear(&output, &["Input/output error"], &what);
+                // The other disk is the image's.
+                if told(&output).contains(bench.disk.0.to_str().unwrap()) {
+                    assert_clear(&output, &["the kernel's log"], &what);
+                }
+                failed += 1;
+                bench.is_sound_after(&what);
+            }
+            // There are not so many such calls, or it was of no account: a lease that is cleared up, a
+            // folder that is looked at for what a crash left.
+            None => {
+                bench.works(&["verify", "--no-repair"]);
+                bench.works(&["rm", &bench.image]);
+                bench.works(&["gc"]);
+                assert_eq!(bench.bytes_left(), [] as [PathBuf; 0], "{what}: orphan bytes");
+            }
+        }
+    }
+    assert!(failed >= 25, "only {failed} of the calls met the pull");
+}
+
+#[test]
+fn the_disk_breaks_at_any_call_of_a_repair() {
+    let Some(bench) = Bench::new().filter(|_| has_strace()) else { return };
+    let mut failed = 0;
+    for (call, nth) in CALLS.iter().flat_map(|call| NTH[..3].iter().map(move |nth| (call, *nth))) {
+        bench.works(&["pull", &bench.image]);
+        let largest =
+            bench.bytes_left().into_iter().max_by_key(|path| path.metadata().unwrap().len());
+        damage(&largest.unwrap());
+        let what = format!("EIO of {call} {nth} while the store is verified");
+        if let Some(output) = bench.failing(call, "EIO", nth, &["verify"]) {
+            assert!(output.status.code().is_some(), "{what}: {}", told(&output));
+            failed += u32::from(!output.status.success());
+        }
+        // Mended then, or now: either way it is whole.
+        bench.works(&["verify"]);
+        bench.works(&["verify", "--no-repair"]);
+        bench.works(&["rm", &bench.image]);
+        bench.is_sound_after(&what);
+    }
+    assert!(failed >= 10, "only {failed} of the calls met the repair");
+}
+
+#[test]
+fn an_object_with_as_many_links_as_a_file_may_have_is_copied() {
+    let Some(bench) = Bench::new().filter(|_| has_strace()) else { return };
+    for nth in NTH {
+        let what = format!("EMLINK of linkat {nth}");
+        let Some(output) = bench.failing("linkat", "EMLINK", nth, &["pull", &bench.image]) else {
+            break;
+        };
+        assert!(output.status.success(), "{what}: {}", told(&output));
+        bench.works(&["verify", "--no-repair"]);
+        let largest =
+            bench.bytes_left().into_iter().max_by_key(|path| path.metadata().unwrap().len());
+        damage(&largest.unwrap());
+        if let Some(output) = bench.failing("linkat", "EMLINK", nth, &["verify"]) {
+            assert!(output.status.success(), "{what}, in a repair: {}", told(&output));
+        }
+        bench.works(&["verify"]);
+        bench.works(&["verify", "--no-repair"]);
+        bench.works(&["rm", &bench.image]);
+        bench.is_sound_after(&what);
+    }
+}
+
+/// Another byte in the middle of a file, under its old name.
+fn damage(path: &Path) {
+    use std::os::unix::fs::FileExt as _;
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let (middle, mut byte) = (file.metadata().unwrap().len() / 2, [0]);
+    file.read_exact_at(&mut byte, middle).unwrap();
+    file.write_all_at(&[!byte[0]], middle).unwrap();
 }
