@@ -2,10 +2,9 @@
 //!
 //! Values are parsed here with the same functions as the file's, so that a wrong one is a usage
 //! error (exit code 2) that names the flag. `--help` is meant to teach: each command says
-//! what it does, what its JSON looks like, and shows an example.
+//! what it does, what its JSON looks like, and shows an example. The flags of `carport agent` and of
+//! registries are in [`agent`], those of the commands that ask an agent in [`remote`].
 
-use std::ffi::{OsStr, OsString};
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,6 +14,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::text;
 use crate::config::{Config, ConfigError, LogFormat};
+
+mod agent;
+mod remote;
+
+pub use agent::{AgentArgs, RegistryArgs};
+pub use remote::{LocateArgs, PrefetchArgs, Remote};
 
 /// One copy of each model on the node, mounted into every pod.
 ///
@@ -305,75 +310,6 @@ pub enum Command {
     Doctor(DoctorArgs),
 }
 
-/// Flags of `carport agent`.
-#[derive(Debug, Default, Args)]
-pub struct AgentArgs {
-    /// This node's name [default: the host's].
-    #[arg(long, env = "CARPORT_NODE_NAME", value_name = "NAME", value_parser = text::parse_node_name)]
-    pub node_name: Option<String>,
-    /// Where metrics and health are served [default: 127.0.0.1:9760].
-    #[arg(long, env = "CARPORT_HTTP_LISTEN", value_name = "IP:PORT", value_parser = text::parse_socket_addr)]
-    pub http_listen: Option<SocketAddr>,
-    /// Whether volumes are served to the kubelet [default: true for root].
-    #[arg(long, env = "CARPORT_CSI", value_name = "BOOL")]
-    pub csi: Option<bool>,
-    /// The CSI driver's name [default: csi.carport.dev].
-    #[arg(long, env = "CARPORT_CSI_DRIVER_NAME", value_name = "NAME", value_parser = text::parse_driver_name)]
-    pub csi_driver_name: Option<String>,
-    /// The kubelet's directory [default: /var/lib/kubelet].
-    #[arg(long, env = "CARPORT_KUBELET_DIR", value_name = "DIR", value_parser = text::parse_absolute)]
-    pub kubelet_dir: Option<PathBuf>,
-    /// Folders in which a volume's image may be an OCI layout [default: none].
-    #[arg(long, env = "CARPORT_CSI_LAYOUT_FOLDERS", value_name = "DIR", value_delimiter = ',', value_parser = text::parse_absolute)]
-    pub csi_layout_folders: Vec<PathBuf>,
-    /// The list of images to have on this node.
-    #[arg(long, env = "CARPORT_PREPULL_LIST", value_name = "FILE", value_parser = text::parse_absolute)]
-    pub prepull_list: Option<PathBuf>,
-    /// Labels of this node, for entries of the list that ask for some; added to the file's.
-    #[arg(long = "node-label", env = "CARPORT_NODE_LABELS", value_name = "KEY=VALUE", value_delimiter = ',', value_parser = text::parse_label)]
-    pub node_labels: Vec<(String, String)>,
-    /// A file with more labels, as the downward API writes it.
-    #[arg(long, env = "CARPORT_NODE_LABELS_FILE", value_name = "FILE", value_parser = text::parse_absolute)]
-    pub node_labels_file: Option<PathBuf>,
-    /// Whether GPUs are looked at [default: true].
-    #[arg(long, env = "CARPORT_GPU", value_name = "BOOL")]
-    pub gpu: Option<bool>,
-    /// The NVML library [default: as the dynamic loader finds it].
-    #[arg(long, env = "CARPORT_GPU_LIBRARY", value_name = "FILE", value_parser = text::parse_absolute)]
-    pub gpu_library: Option<PathBuf>,
-    /// How registries are spoken to.
-    #[command(flatten)]
-    pub registry: RegistryArgs,
-    /// Print the configuration that would be used, and exit.
-    #[arg(long)]
-    pub print_config: bool,
-}
-
-/// How registries are spoken to.
-#[derive(Debug, Default, Clone, Args)]
-pub struct RegistryArgs {
-    /// Speak to these registries without TLS.
-    #[arg(long, env = "CARPORT_PLAIN_HTTP", value_name = "HOST[:PORT]", value_delimiter = ',', value_parser = text::parse_host)]
-    pub plain_http: Vec<String>,
-    /// A docker config.json with credentials [default: $DOCKER_CONFIG or ~/.docker].
-    #[arg(long, env = "CARPORT_DOCKER_CONFIG", value_name = "FILE", value_parser = text::parse_absolute)]
-    pub docker_config: Option<PathBuf>,
-    /// containerd's certs.d, with a hosts.toml a registry: mirrors, certificates, plain HTTP [default: /etc/containerd/certs.d].
-    #[arg(long, env = "CARPORT_HOSTS_DIR", value_name = "DIR", value_parser = text::parse_absolute)]
-    pub hosts_dir: Option<PathBuf>,
-}
-
-impl RegistryArgs {
-    /// As they stand on a command line.
-    pub fn flags(&self) -> Vec<OsString> {
-        let hosts = self.plain_http.iter().map(|host| ("--plain-http", OsStr::new(host)));
-        let paths = [("--docker-config", &self.docker_config), ("--hosts-dir", &self.hosts_dir)];
-        let paths =
-            paths.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?.as_os_str())));
-        hosts.chain(paths).flat_map(|(flag, value)| [OsString::from(flag), value.into()]).collect()
-    }
-}
-
 /// Flags of `carport pull`.
 #[derive(Debug, Args)]
 pub struct PullArgs {
@@ -501,76 +437,6 @@ pub struct MountArgs {
     pub registry: RegistryArgs,
 }
 
-/// Flags of `carport locate`.
-#[derive(Debug, Args)]
-pub struct LocateArgs {
-    /// The models that must all be there: references, or digests (sha256:…).
-    #[arg(value_name = "REF", required = true)]
-    pub references: Vec<String>,
-    /// Ask for this many free GPUs, too.
-    #[arg(long, value_name = "COUNT")]
-    pub gpus: Option<u32>,
-    /// Free memory on each of them.
-    #[arg(long, value_name = "SIZE", requires = "gpus")]
-    pub gpu_memory: Option<bytesize::ByteSize>,
-    /// At least this compute capability, such as 9.0.
-    #[arg(long, value_name = "X.Y", requires = "gpus")]
-    pub compute_capability: Option<String>,
-    /// A regular expression that the GPU's product name matches.
-    #[arg(long, value_name = "REGEX", requires = "gpus")]
-    pub gpu_product: Option<String>,
-    /// Where the agent is.
-    #[command(flatten)]
-    pub remote: Remote,
-}
-
-/// Flags of `carport prefetch`.
-#[derive(Debug, Args)]
-pub struct PrefetchArgs {
-    /// What to bring here.
-    #[arg(value_name = "REF", required = true)]
-    pub references: Vec<String>,
-    /// Higher goes first among prefetches.
-    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
-    pub priority: u32,
-    /// Keep them for so long once they are here.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    pub pin: Option<std::time::Duration>,
-    /// Read their files into the page cache when they are here.
-    #[arg(long)]
-    pub warm: bool,
-    /// Take earlier prefetches of them back.
-    #[arg(long, conflicts_with_all = ["priority", "pin", "warm"])]
-    pub cancel: bool,
-    /// Where the agent is.
-    #[command(flatten)]
-    pub remote: Remote,
-}
-
-/// An agent that serves its API over TCP (`api.tcp`). Files are PEM.
-#[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "For an agent over TCP")]
-pub struct Remote {
-    /// Ask the agent at this address, instead of the one behind the socket.
-    #[arg(long, env = "CARPORT_ADDRESS", value_name = "HOST:PORT", requires = "tls_ca")]
-    pub address: Option<String>,
-    /// The authorities that its certificate must come from.
-    #[arg(long, env = "CARPORT_TLS_CA", value_name = "FILE")]
-    pub tls_ca: Option<PathBuf>,
-    /// The name in its certificate [default: the host].
-    #[arg(long, value_name = "NAME", requires = "address")]
-    pub tls_server_name: Option<String>,
-    /// One's own certificate, where it asks for one.
-    #[arg(long, env = "CARPORT_TLS_CERTIFICATE", value_name = "FILE", requires = "tls_key")]
-    pub tls_certificate: Option<PathBuf>,
-    /// Its key.
-    #[arg(long, env = "CARPORT_TLS_KEY", value_name = "FILE", requires = "tls_certificate")]
-    pub tls_key: Option<PathBuf>,
-    /// A file with one's token, where it asks for one.
-    #[arg(long, env = "CARPORT_TOKEN_FILE", value_name = "FILE")]
-    pub token_file: Option<PathBuf>,
-}
-
 impl Global {
     /// The configuration: the file, then the environment and flags that all commands share.
     ///
@@ -584,47 +450,6 @@ impl Global {
         set(&mut config.log.level, &self.log_level);
         set(&mut config.log.format, &self.log_format);
         Ok(config)
-    }
-}
-
-impl RegistryArgs {
-    /// Lays the flags over `config`.
-    pub fn apply(&self, config: &mut Config) {
-        if !self.plain_http.is_empty() {
-            config.registries.plain_http.clone_from(&self.plain_http);
-        }
-        if self.docker_config.is_some() {
-            config.registries.docker_config.clone_from(&self.docker_config);
-        }
-        if self.hosts_dir.is_some() {
-            config.registries.hosts_dir.clone_from(&self.hosts_dir);
-        }
-    }
-}
-
-impl AgentArgs {
-    /// Lays the flags over `config`.
-    pub fn apply(&self, config: &mut Config) {
-        set(&mut config.node_name, &self.node_name);
-        set(&mut config.http.listen, &self.http_listen);
-        set(&mut config.csi.enabled, &self.csi);
-        set(&mut config.csi.driver_name, &self.csi_driver_name);
-        set(&mut config.csi.kubelet_dir, &self.kubelet_dir);
-        if !self.csi_layout_folders.is_empty() {
-            config.csi.layout_folders.clone_from(&self.csi_layout_folders);
-        }
-        set(&mut config.gpu.enabled, &self.gpu);
-        if self.gpu_library.is_some() {
-            config.gpu.library.clone_from(&self.gpu_library);
-        }
-        if self.prepull_list.is_some() {
-            config.prepull.list.clone_from(&self.prepull_list);
-        }
-        config.prepull.node_labels.extend(self.node_labels.iter().cloned());
-        if self.node_labels_file.is_some() {
-            config.prepull.node_labels_file.clone_from(&self.node_labels_file);
-        }
-        self.registry.apply(config);
     }
 }
 
