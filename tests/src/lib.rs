@@ -8,11 +8,13 @@
 pub mod carport;
 pub mod containerd;
 pub mod demo;
+pub mod helm;
 pub mod images;
 pub mod kustomize;
 pub mod layouts;
 pub mod models;
 pub mod node;
+pub mod pod_security;
 pub mod registry;
 pub mod sanity;
 pub mod scripted;

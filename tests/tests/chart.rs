@@ -1,15 +1,14 @@
 //! `deploy/helm/carport` makes what `deploy/daemonset` makes, and its schema lets in what the agent does.
 //!
-//! The chart is rendered by Helm: by the program that `HELM` names (with its first arguments, if
-//! any), else by `helm`. `make test-deploy` brings Helm's engine along where it is not installed.
+//! The chart is rendered by Helm's own engine.
 #![allow(clippy::unwrap_used)] // a test that cannot go on says where
 
 use std::path::PathBuf;
-use std::process::{Command, Output};
+use std::process::Command;
 
 use carport_agent::prepull::List;
 use carport_tests::carport::{binary, workspace};
-use carport_tests::registry::installed;
+use carport_tests::helm::{helm, rendered};
 use serde_json::{Value, json};
 
 fn chart() -> PathBuf {
@@ -26,30 +25,9 @@ fn documents(text: &str) -> Vec<Value> {
     found.into_iter().filter(|object| !object.is_null()).collect()
 }
 
-fn helm(arguments: &[&str]) -> Option<Output> {
-    let program = std::env::var("HELM").unwrap_or_else(|_| "helm".into());
-    let mut words = program.split_whitespace();
-    let program = words.next()?;
-    if !program.contains('/') && !installed(program) {
-        return None;
-    }
-    let mut command = Command::new(program);
-    Some(command.args(words).args(arguments).current_dir(workspace()).output().unwrap())
-}
-
-/// The chart with the values of these files and of this text.
+/// The objects of the chart with the values of these files and of this text.
 fn render(files: &[&str], values: &str) -> Option<Result<Vec<Value>, String>> {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), values).unwrap();
-    let mut arguments =
-        vec!["template", "carport", "deploy/helm/carport", "--namespace", "carport-system"];
-    for file in files.iter().copied().chain(file.path().to_str()) {
-        arguments.extend(["-f", file]);
-    }
-    let output = helm(&arguments)?;
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    let text = String::from_utf8(output.stdout).unwrap();
-    Some(if output.status.success() { Ok(documents(&text)) } else { Err(errors) })
+    Some(rendered(files, values)?.map(|text| documents(&text)))
 }
 
 fn one<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
@@ -100,9 +78,12 @@ fn kustomize(path: &str) -> Option<Vec<Value>> {
 
 #[test]
 fn the_chart_makes_what_the_manifests_make() {
-    let pairs: [(&str, &[&str]); 2] = [
+    let nvidia: &[&str] = &["deploy/helm/carport/values-nvidia.yaml"];
+    let pairs: [(&str, &[&str]); 3] = [
         ("daemonset", &[]),
-        ("daemonset/overlays/nvidia", &["deploy/helm/carport/values-nvidia.yaml"]),
+        ("daemonset/overlays/nvidia", nvidia),
+        // A list of its own, which is empty until somebody writes it.
+        ("daemonset/overlays/kserve", nvidia),
     ];
     for (path, files) in pairs {
         let Some(rendered) = render(files, "{}") else { return };
@@ -130,13 +111,15 @@ fn paths_of_the_configuration_are_mounted() {
     let values = "
         config:
           root: /data/carport
-          api: {socket: /data/run/c.sock}
+          api: {socket: /data/run/c.sock, tcp: {listen: '0.0.0.0:4321', certificate: /c, key: /k, tokens: /t}}
           http: {listen: '[::]:1234'}
           csi:
             driverName: csi.example.org
             kubeletDir: /var/snap/kubelet
             layoutFolders: [/srv/models, /mnt/more]
           registries: {hostsDir: /etc/hosts.d}
+          runtime: {containerd: {socket: /run/k3s/containerd/containerd.sock}}
+        containerdRoot: /var/lib/rancher/k3s/agent/containerd
         podMonitor: {enabled: true, labels: {release: prometheus}}
         extraVolumes: [{name: tls, secret: {secretName: carport-tls}}]
         extraVolumeMounts: [{name: tls, mountPath: /etc/carport/tls, readOnly: true}]";
@@ -152,6 +135,8 @@ fn paths_of_the_configuration_are_mounted() {
         .collect();
     let expected = [
         "/etc/hosts.d",
+        "/run/k3s/containerd",
+        "/var/lib/rancher/k3s/agent/containerd",
         "/data/carport",
         "/data/run",
         "/var/snap/kubelet/plugins/csi.example.org",
@@ -169,6 +154,11 @@ fn paths_of_the_configuration_are_mounted() {
     }
     assert_eq!(pod["volumes"].as_array().unwrap().last().unwrap()["name"], "tls");
     assert_eq!(container["ports"][0]["containerPort"], 1234);
+    assert_eq!(one(&objects, "Service", "carport")["spec"]["ports"][0]["port"], 1234);
+    let ports = &one(&objects, "NetworkPolicy", "carport")["spec"]["ingress"][0]["ports"];
+    let ports: Vec<u64> =
+        ports.as_array().unwrap().iter().map(|port| port["port"].as_u64().unwrap()).collect();
+    assert_eq!(ports, [1234, 4321]);
     one(&objects, "CSIDriver", "csi.example.org");
     let monitor = one(&objects, "PodMonitor", "carport");
     assert_eq!(monitor["metadata"]["labels"]["release"], "prometheus");
@@ -188,6 +178,22 @@ fn paths_of_the_configuration_are_mounted() {
     assert_eq!(config["root"], "/data/carport");
     assert_eq!(config["prepull"]["list"], "/etc/carport/prepull/list.yaml");
     assert_eq!(config["csi"]["layoutFolders"], json!(["/srv/models", "/mnt/more"]));
+}
+
+#[test]
+fn monitors_and_the_policy_come_as_they_are_asked_for() {
+    let Some(plain) = render(&[], "{}") else { return };
+    let asked = "{serviceMonitor: {enabled: true, interval: 5s}, networkPolicy: {enabled: false}}";
+    let (plain, asked) = (plain.unwrap(), render(&[], asked).unwrap().unwrap());
+    let has = |objects: &[Value], kind: &str| objects.iter().any(|object| object["kind"] == kind);
+    assert!(has(&plain, "NetworkPolicy") && !has(&plain, "ServiceMonitor"));
+    assert!(!has(&asked, "NetworkPolicy") && !has(&asked, "PodMonitor"));
+    let monitor = one(&asked, "ServiceMonitor", "carport");
+    let service = one(&asked, "Service", "carport");
+    assert_eq!(monitor["spec"]["endpoints"][0]["port"], service["spec"]["ports"][0]["name"]);
+    assert_eq!(monitor["spec"]["endpoints"][0]["interval"], "5s");
+    let selected = &monitor["spec"]["selector"]["matchLabels"]["app.kubernetes.io/name"];
+    assert_eq!(selected, &service["metadata"]["labels"]["app.kubernetes.io/name"]);
 }
 
 #[test]
@@ -215,6 +221,11 @@ fn wrong_values_are_refused_by_name() {
         ("config: {prepull: {list: /x}}", "prepull"),
         ("config: {http: {listen: '0.0.0.0:0'}}", "listen"),
         ("prepull: {images: [{imag: a}]}", "imag"),
+        ("networkPolicy: {from: []}", "from"),
+        (
+            "{podMonitor: {enabled: true}, serviceMonitor: {enabled: true}}",
+            "scrape each agent twice",
+        ),
     ] {
         let Some(result) = render(&[], values) else { return };
         let error = result.expect_err(values);

@@ -11,6 +11,7 @@ use std::process::Command;
 use carport_agent::prepull::List;
 use carport_csi::volume::VolumeAttributes;
 use carport_tests::carport::{binary, workspace};
+use carport_tests::pod_security::violations;
 use serde_json::{Value, json};
 
 fn deploy(path: &str) -> PathBuf {
@@ -251,12 +252,15 @@ fn the_pre_pull_list_is_one_and_its_examples_are_too() {
         "a new list is followed, and restarts nothing"
     );
     let text = read(&deploy("daemonset/base").join(file));
-    let parse = |text: &str| List::parse(list, text).unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(parse(&text).images, []);
-    // As somebody would who takes the comments away.
-    let example = text.replace("images: []", "images:").replace("\n#  - ", "\n  - ");
+    assert_eq!(List::parse(list, &text).unwrap().images, []);
+    assert_eq!(without_comments(&text).images.len(), 2);
+}
+
+/// The list, as somebody would have it who takes the comments from its entries.
+fn without_comments(text: &str) -> List {
+    let example = text.replace("images: []", "images:").replace("\n#  ", "\n  ");
     let example = example.replace('…', &"0".repeat(64));
-    assert_eq!(parse(&example).images.len(), 2);
+    List::parse("list.yaml".as_ref(), &example).unwrap_or_else(|error| panic!("{error}"))
 }
 
 #[test]
@@ -347,31 +351,73 @@ fn a_claim_finds_its_volume() {
     assert!(claimed, "a pod shows how");
 }
 
-/// <https://kubernetes.io/docs/concepts/security/pod-security-standards/>
 #[test]
 fn pods_of_the_examples_are_restricted() {
+    let mut seen = 0;
     for (file, object) in examples() {
         let Some(pod) = pod_of(&object) else { continue };
-        let context = &pod["securityContext"];
-        assert_eq!(context["runAsNonRoot"], true, "{file}");
-        assert_ne!(context["runAsUser"], 0, "{file}");
-        assert_eq!(context["seccompProfile"]["type"], "RuntimeDefault", "{file}");
-        for host in ["hostNetwork", "hostPID", "hostIPC"] {
-            assert_eq!(pod[host], Value::Null, "{file}");
-        }
-        for container in array(&pod["containers"]) {
-            let context = &container["securityContext"];
-            assert_eq!(context["allowPrivilegeEscalation"], false, "{file}");
-            assert_eq!(context["capabilities"], json!({"drop": ["ALL"]}), "{file}");
-            assert_eq!(context["privileged"], Value::Null, "{file}");
-        }
-        for volume in array(&pod["volumes"]) {
-            let kinds: Vec<&String> =
-                volume.as_object().unwrap().keys().filter(|key| *key != "name").collect();
-            let allowed = ["csi", "emptyDir", "persistentVolumeClaim"];
-            assert!(kinds.iter().all(|kind| allowed.contains(&kind.as_str())), "{file}: {kinds:?}");
-        }
+        assert_eq!(violations(pod), Vec::<String>::new(), "{file}");
+        seen += 1;
     }
+    assert!(seen >= 5, "{seen}");
+}
+
+/// What is given up for the agent, and no more than that.
+#[test]
+fn the_agent_is_not_restricted_in_what_its_rights_are_for() {
+    let pod = pod();
+    let mut found = violations(&pod);
+    found.retain(|violation| !violation.starts_with("volume "));
+    let expected = [
+        "hostNetwork: true",
+        "agent: runAsUser: 0",
+        "agent: runAsNonRoot is not true",
+        "agent: privileged: true",
+        "agent: allowPrivilegeEscalation is not false",
+        "agent: capabilities.drop without ALL",
+    ];
+    assert_eq!(found, expected);
+}
+
+/// Each path of the host, and each right, has a reason that can be read.
+#[test]
+fn the_rights_of_the_agent_stand_in_the_security_document() {
+    let text = read(&workspace().join("docs/security.md"));
+    let (_, table) = text.split_once("## The agent's rights, one by one").unwrap();
+    let (table, _) = table.split_once("\n## ").unwrap();
+    let pod = pod();
+    for volume in array(&pod["volumes"]) {
+        let Some(path) = volume["hostPath"]["path"].as_str() else { continue };
+        // Of the driver's two sockets only the fixed part.
+        let path = path.strip_suffix("/csi.carport.dev").unwrap_or(path);
+        let short = path.strip_prefix("/var/lib/kubelet/").unwrap_or(path);
+        let told = table.contains(&format!("`{path}")) || table.contains(&format!("`{short}`"));
+        assert!(told, "{path}");
+    }
+    let mut rights = vec!["privileged", "readOnlyRootFilesystem", "hostNetwork", "seccompProfile"];
+    rights.extend(["hostPID", "hostIPC"]);
+    for right in rights {
+        assert!(table.contains(&format!("`{right}")), "{right}");
+    }
+}
+
+#[test]
+fn the_service_and_the_policy_are_for_the_port_that_is_served() {
+    let (config, pod) = (config(), pod());
+    let listen: std::net::SocketAddr = config["http"]["listen"].as_str().unwrap().parse().unwrap();
+    let (service, policy) = (base("Service"), base("NetworkPolicy"));
+    let labels = &base("DaemonSet")["spec"]["template"]["metadata"]["labels"];
+    assert_eq!(&service["spec"]["selector"], labels);
+    assert_eq!(service["spec"]["clusterIP"], "None");
+    let port = &service["spec"]["ports"][0];
+    assert_eq!(port["port"], listen.port());
+    named(&agent(&pod)["ports"], port["targetPort"].as_str().unwrap());
+    assert_eq!(policy["spec"]["podSelector"], json!({}), "every pod");
+    let expected = json!([{
+        "from": [{"namespaceSelector": {}}],
+        "ports": [{"port": listen.port(), "protocol": "TCP"}],
+    }]);
+    assert_eq!(policy["spec"]["ingress"], expected, "the cluster's pods, at that port");
 }
 
 fn kustomize(path: &str) -> Option<Vec<Value>> {
@@ -390,8 +436,10 @@ fn kustomize_makes_one_whole_of_it() {
         "ConfigMap",
         "DaemonSet",
         "Namespace",
+        "NetworkPolicy",
         "Role",
         "RoleBinding",
+        "Service",
         "ServiceAccount",
     ];
     assert_eq!(sorted, expected);
@@ -431,4 +479,23 @@ fn the_nvidia_overlay_adds_a_runtime_class_and_nothing_else() {
     let selector = pod["nodeSelector"].as_object_mut().unwrap();
     assert_eq!(selector.remove("nvidia.com/gpu.present").unwrap(), "true");
     assert_eq!(nvidia, plain);
+}
+
+#[test]
+fn the_kserve_overlay_is_that_of_nvidia_with_a_list_of_its_own() {
+    let (Some(mut nvidia), Some(mut kserve)) =
+        (kustomize("daemonset/overlays/nvidia"), kustomize("daemonset/overlays/kserve"))
+    else {
+        return;
+    };
+    let list = |objects: &mut Vec<Value>| {
+        let at = objects.iter().position(|o| o["metadata"]["name"] == "carport-prepull").unwrap();
+        objects.remove(at)
+    };
+    let (old, new) = (list(&mut nvidia), list(&mut kserve));
+    assert_eq!(kserve, nvidia);
+    assert_ne!(old["data"], new["data"]);
+    assert_eq!(old["metadata"], new["metadata"], "the name that the pod mounts");
+    let text = new["data"]["list.yaml"].as_str().unwrap();
+    assert!(without_comments(text).images.len() >= 2);
 }

@@ -184,15 +184,24 @@ fn panels_have_names_of_their_own_and_do_not_overlap() {
 }
 
 #[test]
-fn the_pod_monitor_finds_the_agents() {
-    let monitor = yaml("podmonitor.yaml");
+fn the_monitors_find_the_agents() {
     let text = read("deploy/daemonset/base/daemonset.yaml");
     let set: Value = serde_saphyr::from_str(&text).unwrap();
-    let selected = &monitor["spec"]["selector"]["matchLabels"];
-    assert_eq!(&set["spec"]["template"]["metadata"]["labels"], selected);
-    let endpoint = &monitor["spec"]["podMetricsEndpoints"][0];
-    let port = &set["spec"]["template"]["spec"]["containers"][0]["ports"][0];
-    assert_eq!(endpoint["port"], port["name"]);
-    // The job that CarportAgentDown looks for is <namespace>/<name>.
-    assert_eq!(monitor["metadata"]["name"], "carport");
+    let text = read("deploy/daemonset/base/service.yaml");
+    let service: Value = serde_saphyr::from_str(&text).unwrap();
+    let port = &set["spec"]["template"]["spec"]["containers"][0]["ports"][0]["name"];
+    for (file, endpoints) in
+        [("podmonitor.yaml", "podMetricsEndpoints"), ("servicemonitor.yaml", "endpoints")]
+    {
+        let monitor = yaml(file);
+        // Of the pods; the Service's own label is the same, which kustomize gives to every object.
+        let selected = &monitor["spec"]["selector"]["matchLabels"];
+        assert_eq!(&set["spec"]["template"]["metadata"]["labels"], selected, "{file}");
+        assert_eq!(&monitor["spec"][endpoints][0]["port"], port, "{file}");
+        // The job that CarportAgentDown looks for is <namespace>/<name> of a PodMonitor, and the
+        // Service's name of a ServiceMonitor.
+        assert_eq!(monitor["metadata"]["name"], "carport", "{file}");
+    }
+    assert_eq!(service["metadata"]["name"], "carport");
+    assert_eq!(&service["spec"]["ports"][0]["name"], port);
 }

@@ -14,3 +14,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $list := dict "prepull" (dict "list" "/etc/carport/prepull/list.yaml") -}}
 {{ mergeOverwrite (deepCopy .Values.config) $list | toYaml }}
 {{- end }}
+
+{{/* The port of IP:PORT. */}}
+{{- define "carport.port" -}}
+{{ splitList ":" . | last }}
+{{- end }}
