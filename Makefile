@@ -92,6 +92,10 @@ bench: setup ## Measure carport beside its peers; one JSON object a line in targ
 	$(CARGO) build --release --package carport-agent
 	$(CARGO) bench --package carport-tests --bench node
 
+.PHONY: api-reference
+api-reference: setup ## Write docs/api-reference.md from the .proto files
+	CARPORT_WRITE_API_REFERENCE=1 $(CARGO) test --quiet --package carport-tests --test api_reference
+
 .PHONY: doc
 doc: setup ## Build the API documentation
 	$(CARGO) doc --workspace --no-deps

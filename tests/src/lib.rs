@@ -5,6 +5,7 @@
 //! docker-registry, [`containerd`] Debian's containerd. What the real thing never does on request is scripted: [`scripted`]
 //! is an HTTP server that answers, stalls and breaks off as a test says.
 
+pub mod api_reference;
 pub mod carport;
 pub mod containerd;
 pub mod demo;
