@@ -125,6 +125,14 @@ fn the_agent_in_the_image_packs_and_pulls() {
     assert!(rootfs.join("var/lib/carport/format").exists());
 }
 
+/// Where NVIDIA's container runtime puts the driver's library.
+fn put_nvml(rootfs: &Path, fake: &FakeNvml) {
+    let folder = format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH);
+    let library = rootfs.join(folder).join("libnvidia-ml.so.1");
+    fs::copy(fake.library(), &library).unwrap();
+    fs::copy(fake.scenario(), library.with_file_name("libnvidia-ml.so.1.json")).unwrap();
+}
+
 /// NVIDIA's container runtime puts the library into the image's folder for libraries.
 #[test]
 fn the_driver_s_library_is_loaded_in_the_image() {
@@ -138,14 +146,66 @@ fn the_driver_s_library_is_loaded_in_the_image() {
     let without = gpus(inside(&rootfs, &config, &asked));
     assert_eq!(without["provider"]["state"], "no_library");
 
-    let fake = FakeNvml::new(&Scenario::h100s(1));
-    let folder = format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH);
-    let library = rootfs.join(folder).join("libnvidia-ml.so.1");
-    fs::copy(fake.library(), &library).unwrap();
-    fs::copy(fake.scenario(), library.with_file_name("libnvidia-ml.so.1.json")).unwrap();
+    put_nvml(&rootfs, &FakeNvml::new(&Scenario::h100s(1)));
     let found = gpus(inside(&rootfs, &config, &asked));
     assert_eq!(found["provider"]["state"], "ok", "{found:#}");
     assert_eq!(found["gpus"].as_array().unwrap().len(), 1);
+}
+
+/// Runs the image's program as a container of the DaemonSet does: a root of its own that cannot be written, the
+/// host's devices, and of its folders those that are shared, at the same paths, with their mounts going both ways.
+const CONTAINER: &str = r#"#!/bin/sh
+set -eu
+if [ -n "${KUBELET:-}" ] && ! mountpoint -q "$KUBELET"; then
+    mount --bind "$KUBELET" "$KUBELET"
+    mount --make-shared "$KUBELET"
+fi
+exec unshare --mount --propagation unchanged sh -euc '
+    # What is mounted here is nobody else'"'"'s business.
+    mount --make-private "$(findmnt -no TARGET -T "$1")"
+    mount --bind "$1" "$1"
+    mount --make-private "$1"
+    for folder in dev proc sys; do mount --rbind "/$folder" "$1/$folder"; done
+    mount --rbind "$2" "$1$2"
+    mount -o remount,bind,ro "$1"
+    root=$1; shift 2
+    exec chroot "$root" /usr/bin/carport "$@"
+' sh "ROOTFS" "SHARED" "$@"
+"#;
+
+/// `make demo`, with the image's program in the image's root.
+#[test]
+fn the_agent_in_the_image_does_the_main_job_and_sees_gpus() {
+    if !can_run() || !["docker-registry", "findmnt", "unshare"].into_iter().all(installed) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (rootfs, config) = unpack(dir.path());
+    let fake = FakeNvml::new(&Scenario::h100s(2));
+    put_nvml(&rootfs, &fake);
+
+    let shared = tempfile::tempdir().unwrap();
+    fs::create_dir_all(rootfs.join(shared.path().strip_prefix("/").unwrap())).unwrap();
+    let program = dir.path().join("carport");
+    let script = CONTAINER.replace("ROOTFS", rootfs.to_str().unwrap());
+    fs::write(&program, script.replace("SHARED", shared.path().to_str().unwrap())).unwrap();
+    done(Command::new("chmod").arg("+x").arg(&program));
+
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_carport-demo"));
+    let output = done(demo.arg(&program).env("TMPDIR", shared.path()));
+    let printed = String::from_utf8(output.stdout).unwrap();
+    for (number, step) in (1..).zip([
+        "pack", "agent", "publish", "publish", "read", "share", "disk", "locate", "gpus", "stop",
+        "clean",
+    ]) {
+        assert!(printed.contains(&format!("{number:>2}  {step:<8} ")), "{step}: {printed}");
+    }
+    let name = "NVIDIA H100 80GB HBM3";
+    assert!(printed.contains(&format!("gpus     2: {name}, {name}\n")), "{printed}");
+    // Nothing was written into the root, nor is anything mounted there from here.
+    assert_eq!(fs::read_dir(rootfs.join("var/lib")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(rootfs.join("dev")).unwrap().count(), 0);
+    assert_eq!(config["config"]["Env"], json!(["PATH=/usr/bin"]));
 }
 
 /// TLS to a registry fails without them, however good its certificate is.

@@ -1,13 +1,18 @@
 //! `make demo`: see [`carport_tests::demo`].
+//!
+//! `carport-demo PROGRAM` shows that program instead of the `carport` of this source tree.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use carport_tests::{carport, demo};
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    let given = std::env::args_os().nth(1).map(PathBuf::from);
     // The demo shows the optimised binary where it is one itself.
-    match demo::run(carport::beside_this(), &mut std::io::stdout()).await {
+    let binary = given.unwrap_or_else(|| carport::beside_this().to_owned());
+    match demo::run(&binary, &mut std::io::stdout()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("demo: {error:#}");
