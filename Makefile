@@ -58,7 +58,7 @@ test-deploy: setup ## Test manifests, chart, alerts, dashboard, image and docume
 		{ DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-venv >/dev/null && \
 		python3 -m venv target/tools && target/tools/bin/pip install -q $(TOOLS); }
 	PATH="$(CURDIR)/target/tools/bin:$$PATH" HELM="$$(command -v helm || echo $(CURDIR)/target/tools/bin/python tests/fixtures/helm.py)" \
-		$(CARGO) test --package carport-tests --lib --test manifests --test chart --test schemas --test observability --test image --test documents
+		$(CARGO) test --package carport-tests --lib --test manifests --test chart --test schemas --test observability --test image --test documents --test documents_tried
 
 .PHONY: test-conformance
 test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else built by Go where it can be (as root)

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use carport_agent::prepull::List;
+use carport_csi::volume::VolumeAttributes;
 use carport_tests::carport::{binary, workspace};
+use serde_json::Value;
 
 fn documents() -> Vec<(PathBuf, String)> {
     let folder = std::fs::read_dir(workspace().join("docs")).unwrap();
@@ -86,4 +89,81 @@ fn make_targets_and_deployed_files_are_there() {
             assert!(found.exists(), "{}: deploy/{file}", path.display());
         }
     }
+}
+
+/// The fields of the configuration file at its top.
+fn sections() -> BTreeSet<String> {
+    let mut agent = Command::new(binary());
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    agent.args(["agent", "--print-config", "-o", "json", "--config"]).arg(empty.path());
+    let output = output_of(agent.env_clear());
+    let config: Value = serde_json::from_str(&output).unwrap();
+    config.as_object().unwrap().keys().cloned().collect()
+}
+
+fn output_of(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The CSI volumes anywhere in `value`.
+fn volumes<'a>(value: &'a Value, found: &mut Vec<&'a Value>) {
+    match value {
+        Value::Object(fields) => {
+            if fields.contains_key("volumeAttributes") {
+                found.push(value);
+            }
+            fields.values().for_each(|value| volumes(value, found));
+        }
+        Value::Array(items) => items.iter().for_each(|value| volumes(value, found)),
+        _ => {}
+    }
+}
+
+/// What it is for is told by what is in it: every block must be something that somebody reads.
+#[test]
+fn blocks_of_yaml_are_what_the_agent_or_kubernetes_takes() {
+    let sections = sections();
+    let (mut configurations, mut lists, mut mounted, mut objects) = (0, 0, 0, 0);
+    for (path, text) in documents() {
+        for block in text.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()) {
+            let shown = format!("{}:\n{block}", path.display());
+            let found: Vec<Value> = serde_saphyr::from_multiple(block)
+                .unwrap_or_else(|error| panic!("{shown}: {error}"));
+            let first = &found[0];
+            let has = |key: &str| first.get(key).is_some();
+            let of_pods = ["volumes", "apiVersion", "spec"].iter().any(|key| has(key));
+            let mut csi = Vec::new();
+            found.iter().for_each(|value| volumes(value, &mut csi));
+            for volume in &csi {
+                assert_eq!(volume["driver"], "csi.carport.dev", "{shown}");
+                let attributes = volume["volumeAttributes"].as_object().unwrap();
+                let context =
+                    attributes.iter().map(|(key, value)| (&**key, value.as_str().unwrap()));
+                let parsed = VolumeAttributes::parse(context);
+                parsed.unwrap_or_else(|error| panic!("{shown}: {error}"));
+                mounted += 1;
+            }
+            if has("images") {
+                let text = block.replace('…', &"0".repeat(60));
+                List::parse("list.yaml".as_ref(), &text)
+                    .unwrap_or_else(|error| panic!("{shown}: {error}"));
+                lists += 1;
+            } else if !csi.is_empty() || of_pods || first.is_array() {
+                objects += 1;
+            } else {
+                let keys = first.as_object().unwrap_or_else(|| panic!("{shown}")).keys();
+                assert!(keys.into_iter().all(|key| sections.contains(key)), "{shown}");
+                let file = tempfile::NamedTempFile::new().unwrap();
+                std::fs::write(file.path(), block).unwrap();
+                let mut agent = Command::new(binary());
+                agent.args(["agent", "--print-config", "--config"]).arg(file.path());
+                output_of(agent.env_clear());
+                configurations += 1;
+            }
+        }
+    }
+    assert!(configurations >= 4 && lists >= 1 && mounted >= 4 && objects >= 5);
 }
