@@ -159,6 +159,12 @@ pub enum Command {
         after_help = "Example:\n  carport mount oci:/tmp/llama:v1 /mnt/llama\n  carport mount --stream registry.example/team/llama:v1 /mnt/llama"
     )]
     Mount(MountArgs),
+    /// Serve the volumes that stream, until SIGTERM or SIGINT.
+    ///
+    /// One process a node, beside the agent: it pulls and shows images that are read while they arrive, so that
+    /// readers do not notice when the agent ends. The agent starts it where none runs (`stream.start`); in a
+    /// DaemonSet it is a container of its own. Takes the agent's configuration.
+    Fuse(FuseArgs),
     /// Take a mount away; the image stays in the store.
     ///
     /// Who has files open may read on, and the folder is free at once.
@@ -435,6 +441,14 @@ pub struct MountArgs {
     /// How registries are spoken to.
     #[command(flatten)]
     pub registry: RegistryArgs,
+}
+
+/// Flags of `carport fuse`.
+#[derive(Debug, Args)]
+pub struct FuseArgs {
+    /// End when nothing has streamed for a while.
+    #[arg(long)]
+    pub until_idle: bool,
 }
 
 impl Global {

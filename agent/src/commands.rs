@@ -15,6 +15,7 @@ use crate::{logging, run};
 mod ask;
 mod doctor;
 mod du;
+pub(crate) mod fuse;
 mod gpus;
 mod images;
 mod locate;
@@ -84,8 +85,7 @@ fn told(error: &anyhow::Error) -> String {
 
 fn start(cli: Cli) -> anyhow::Result<()> {
     let mut config = cli.global.load()?;
-    let is_agent = matches!(cli.command, Command::Agent(_));
-    if is_agent {
+    if matches!(cli.command, Command::Agent(_) | Command::Fuse(_)) {
         logging::start(&config.log);
     } else {
         // The file speaks of the daemon's logs. A command tells its errors itself, once.
@@ -120,6 +120,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Unpin(arguments) => pins::unpin(output, &config, &arguments),
             Command::Pins => pins::list(output, &config),
             Command::Mount(arguments) => mount::mount(&cli.global, config, arguments).await,
+            Command::Fuse(arguments) => fuse::run(config, &arguments).await,
             Command::Umount { target } => mount::umount(output, &config, &target),
             Command::Status(remote) => status::run(output, &config, &remote).await,
             Command::Gpus { topo } => gpus::run(output, topo, &config).await,

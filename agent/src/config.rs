@@ -54,6 +54,8 @@ pub struct Config {
     pub http: Http,
     /// The CSI driver.
     pub csi: Csi,
+    /// Volumes that stream.
+    pub stream: Stream,
     /// How registries are spoken to.
     pub registries: Registries,
     /// The node's container runtime, whose images need not be fetched.
@@ -185,6 +187,17 @@ pub struct ServiceAccountToken {
     pub audience: String,
     /// The name that goes with it.
     pub username: String,
+}
+
+/// Volumes that stream.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Stream {
+    /// How long a read waits for bytes that have not come, before it is an error.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::duration")]
+    pub read_timeout: Duration,
+    /// Whether the agent starts the process that serves them, where none runs.
+    pub start: bool,
 }
 
 /// How registries are spoken to.
@@ -400,6 +413,11 @@ impl Config {
     fn csi_registration_socket(&self) -> PathBuf {
         let name = format!("{}-reg.sock", self.csi.driver_name);
         self.csi.kubelet_dir.join("plugins_registry").join(name)
+    }
+
+    /// Where the process that serves streaming volumes has its socket and its mounts.
+    pub fn stream_folder(&self) -> PathBuf {
+        self.api.socket.with_file_name("stream")
     }
 
     /// The places that pulls come from, the container runtime among them.

@@ -20,7 +20,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use carport_csi::mount::KernelMounter;
 use carport_csi::volume::LayoutFolders;
-use carport_csi::{BoundDriver, Driver, DriverConfig, Volumes};
+use carport_csi::{BoundDriver, Driver, DriverConfig, Streams, Volumes};
 use carport_image::runtime::Inventory;
 use carport_image::{Puller, Store};
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::tcp::Tcp;
 use crate::api::{Api, Socket};
+use crate::commands::fuse;
 use crate::config::Config;
 use crate::gpu::{self, GpuHandle};
 use crate::http::{self, Pages};
@@ -80,6 +81,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 struct Agent {
     config: Config,
     puller: Puller,
+    volumes: Volumes,
     driver: Option<BoundDriver>,
     gpus: GpuHandle,
     metrics: Arc<Metrics>,
@@ -117,6 +119,11 @@ impl Agent {
         if let Some(check) = config.access_check() {
             volumes = volumes.with_access_check(check);
         }
+        if config.csi.enabled {
+            let streams =
+                Streams::new(config.stream_folder(), puller.clone(), fuse::starter(&config));
+            volumes = volumes.with_streams(streams);
+        }
         let metrics = Arc::new(Metrics::default());
         let driver = match config.csi.enabled {
             true => Some(bind_driver(&config, &volumes, &metrics)?),
@@ -131,7 +138,7 @@ impl Agent {
         let (inventory, listed) = watch::channel(Arc::default());
         let (keeper, state) = Keeper::new(
             puller.clone(),
-            volumes,
+            volumes.clone(),
             gpus.reader(),
             reported,
             listed,
@@ -141,6 +148,7 @@ impl Agent {
         Ok(Self {
             config,
             puller,
+            volumes,
             driver,
             gpus,
             metrics,
@@ -158,6 +166,7 @@ impl Agent {
         let Self {
             config,
             puller,
+            volumes,
             driver,
             gpus,
             metrics,
@@ -197,6 +206,10 @@ impl Agent {
         if let Some(driver) = driver {
             calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });
         }
+        work.start(|stop| async move {
+            volumes.keep_streams(stop).await;
+            Ok(())
+        });
         if let Some(list) = config.prepull.list.clone() {
             let prepull = Prepull {
                 list,

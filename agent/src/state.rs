@@ -417,6 +417,7 @@ pub(crate) mod fixtures {
             path: None,
             filter: None,
             view: None,
+            stream: false,
             options: MountOptions::default(),
             bytes: 1,
             files: 1,

@@ -24,6 +24,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -110,7 +111,7 @@ pub enum FuseError {
 }
 
 impl FuseError {
-    fn io(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+    pub(crate) fn io(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
         Self::Io { what: what.into(), source: source.into() }
     }
 }
@@ -147,6 +148,8 @@ pub struct FuseMount {
     waits: CancellationToken,
     stop: CancellationToken,
     thread: Option<std::thread::JoinHandle<()>>,
+    /// Once taken away, what is at the target is somebody else's.
+    unmounted: AtomicBool,
 }
 
 impl FuseMount {
@@ -209,7 +212,14 @@ impl FuseMount {
                 end.send_replace(true);
             })
             .map_err(|error| FuseError::io("start a thread", error))?;
-        let mount = Self { target: target.to_owned(), ended, waits, stop, thread: Some(thread) };
+        let mount = Self {
+            target: target.to_owned(),
+            ended,
+            waits,
+            stop,
+            thread: Some(thread),
+            unmounted: AtomicBool::new(false),
+        };
         match starts.recv() {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(error),
@@ -265,10 +275,12 @@ impl FuseMount {
     ///
     /// As [`unmount`].
     pub fn unmount(&self) -> Result<(), FuseError> {
-        if *self.ended.borrow() {
+        if *self.ended.borrow() || self.unmounted.load(Ordering::Relaxed) {
             return Ok(());
         }
-        unmount(&self.target)
+        unmount(&self.target)?;
+        self.unmounted.store(true, Ordering::Relaxed);
+        Ok(())
     }
 }
 

@@ -8,6 +8,7 @@
 //!
 //! - [`mount`]: the edge of the world: showing a tree of the store at a path;
 //! - [`fuse`]: the same for who may not mount: a tree served through FUSE;
+//! - [`stream`]: images that pods read while they arrive, served by a process of its own;
 //! - [`volume`]: publishing and taking away, by name, idempotent, recorded;
 //! - [`Call`]: what is told of each publish and unpublish when it has ended;
 //! - [`driver`]: the CSI services on their sockets, and the registration with the kubelet.
@@ -25,6 +26,7 @@ pub mod mount;
 mod node;
 mod registration;
 mod socket;
+pub mod stream;
 #[cfg(test)]
 mod testing;
 pub mod volume;
@@ -33,4 +35,5 @@ pub use call::{Call, Operation, code_name};
 pub use driver::{BoundDriver, Driver, DriverConfig, TokenLogin};
 pub use registration::RegistrationState;
 pub use socket::BindError;
+pub use stream::Streams;
 pub use volume::Volumes;

@@ -289,6 +289,7 @@ fn publish_code(error: &PublishError) -> Code {
         PublishError::LayoutRefused { .. } | PublishError::PinRefused(_) => Code::PermissionDenied,
         PublishError::NothingShown(_) => Code::NotFound,
         PublishError::Pull(error) => pull_code(error),
+        PublishError::NotArriving { reason, .. } => arriving_code(reason),
         PublishError::StillPulling(_) => Code::DeadlineExceeded,
         // Uncertain: another call may have done, or may do, what is asked for.
         PublishError::Busy(_) | PublishError::Withdrawn(_) => Code::Aborted,
@@ -329,6 +330,19 @@ fn pull_code(error: &PullError) -> Code {
         }
         PullError::Store(error) => store_code(error),
         PullError::Cancelled(_) => Code::Unavailable,
+    }
+}
+
+/// As [`pull_code`], of an error that another process told.
+fn arriving_code(reason: &str) -> Code {
+    match reason {
+        "not_found" => Code::NotFound,
+        "denied" => Code::PermissionDenied,
+        "throttled" | "unavailable" | "cancelled" => Code::Unavailable,
+        "mismatch" => Code::DataLoss,
+        "no_space" => Code::ResourceExhausted,
+        "store" => Code::Internal,
+        _ => Code::FailedPrecondition,
     }
 }
 

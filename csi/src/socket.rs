@@ -32,7 +32,7 @@ pub enum BindError {
 }
 
 impl BindError {
-    fn io(verb: &str, path: &Path, source: io::Error) -> Self {
+    pub(crate) fn io(verb: &str, path: &Path, source: io::Error) -> Self {
         Self::Io { what: format!("{verb} {}", path.display()), source }
     }
 }

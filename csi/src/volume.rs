@@ -46,18 +46,21 @@ mod filter;
 mod layouts;
 mod progress;
 mod record;
+mod streaming;
 mod targets;
 #[cfg(test)]
 mod tests;
 
-pub use attributes::{InvalidRequest, PodInfo, TargetPath, VolumeAttributes, VolumeId};
+pub use attributes::{InvalidRequest, Mode, PodInfo, TargetPath, VolumeAttributes, VolumeId};
 pub use error::{PublishError, StatsError, UnpublishError};
 pub use filter::Filter;
 pub use layouts::LayoutFolders;
 pub use record::VolumeRecord;
 
 use crate::mount::Mounter;
+use crate::stream::Streams;
 use disk::{Disk, Standing, Wanted};
+use streaming::Streamed;
 use targets::Targets;
 
 /// A mount that does not answer for so long counts as broken: the kubelet asks once a
@@ -70,6 +73,7 @@ pub struct Volumes {
     inner: Arc<Inner>,
     access: Option<AccessCheck>,
     max_pin: Duration,
+    streams: Option<Streams>,
 }
 
 struct Inner {
@@ -79,6 +83,8 @@ struct Inner {
     targets: Targets,
     stop: CancellationToken,
     changes: watch::Sender<u64>,
+    /// Held shared while a session's volume is made, and alone while sessions without volumes end.
+    making: Arc<tokio::sync::RwLock<()>>,
 }
 
 /// A volume to publish.
@@ -147,6 +153,17 @@ enum Interrupted {
     Deadline,
 }
 
+impl Interrupted {
+    /// What the caller is told; `late` after the deadline.
+    fn error(self, target: &TargetPath, late: PublishError) -> PublishError {
+        match self {
+            Self::Stopping => PublishError::Stopping,
+            Self::Withdrawn => PublishError::Withdrawn(target.to_string()),
+            Self::Deadline => late,
+        }
+    }
+}
+
 impl Volumes {
     /// Volumes of the puller's store, of images from registries and from layouts in
     /// `layouts`, each for everybody. Changes nothing; see [`Volumes::reconcile`].
@@ -160,9 +177,11 @@ impl Volumes {
                 targets: Targets::default(),
                 stop: CancellationToken::new(),
                 changes: watch::Sender::new(0),
+                making: Arc::default(),
             }),
             access: None,
             max_pin: Duration::ZERO,
+            streams: None,
         }
     }
 
@@ -177,6 +196,13 @@ impl Volumes {
     #[must_use]
     pub fn with_max_pin(self, max_pin: Duration) -> Self {
         Self { max_pin, ..self }
+    }
+
+    /// Lets volumes stream. Without this, and without [`Volumes::keep_streams`] running, they wait for
+    /// all of their image.
+    #[must_use]
+    pub fn with_streams(self, streams: Streams) -> Self {
+        Self { streams: Some(streams), ..self }
     }
 
     /// Brings the image and mounts it at the target.
@@ -195,11 +221,7 @@ impl Volumes {
     /// made is made: call again, or unpublish.
     pub async fn publish(&self, request: PublishRequest) -> Result<Published, PublishError> {
         let PublishRequest { volume_id, target, attributes, secret, deadline } = request;
-        let interrupted = |why: Interrupted, late: PublishError| match why {
-            Interrupted::Stopping => PublishError::Stopping,
-            Interrupted::Withdrawn => PublishError::Withdrawn(target.to_string()),
-            Interrupted::Deadline => late,
-        };
+        let interrupted = |why: Interrupted, late| why.error(&target, late);
 
         let place = self.inner.targets.enter(&target);
         let withdrawn = place.withdrawn();
@@ -217,6 +239,10 @@ impl Volumes {
             .await
             .map_err(|why| interrupted(why, PublishError::Busy(target.to_string())))?;
         if let Standing::Published(record) = standing? {
+            if let (true, Some(streams)) = (record.stream, &self.streams) {
+                // Newer than those that it began with.
+                streams.remember(record.digest, secret);
+            }
             return Ok(Published { digest: record.digest, already: true });
         }
 
@@ -227,6 +253,14 @@ impl Volumes {
             let refuse = move || (disk.after_failure(&wanted, error), turn);
             return Err(blocking(refuse).await.0);
         }
+
+        let turn = match self.stream(&wanted, &secret, turn, deadline, &withdrawn).await? {
+            Streamed::Published(digest) => {
+                self.changed();
+                return Ok(Published { digest, already: false });
+            }
+            Streamed::Wait(turn) => turn,
+        };
 
         let pull = self.pull(&wanted.attributes, secret);
         let result = match self.until(deadline, &withdrawn, pull.handle().wait()).await {
@@ -303,8 +337,14 @@ impl Volumes {
     ) -> Result<VolumeStats, StatsError> {
         let (disk, id, path) = (self.inner.disk.clone(), volume_id.clone(), target.clone());
         let record = blocking(move || disk.published(&id, &path)).await?;
-        let (disk, path) = (self.inner.disk.clone(), target.clone());
-        let condition = blocking(move || disk.condition(&path));
+        let (disk, path, stream) = (self.inner.disk.clone(), target.clone(), record.stream);
+        if stream && let Some(condition) = self.session_condition(&record.digest) {
+            return Ok(VolumeStats { bytes: record.bytes, files: record.files, condition });
+        }
+        let condition = blocking(move || match stream {
+            true => disk.streaming_condition(&path),
+            false => disk.condition(&path),
+        });
         let condition = tokio::time::timeout(STATS_TIMEOUT, condition).await.unwrap_or_else(|_| {
             let seconds = STATS_TIMEOUT.as_secs();
             Condition::Abnormal(format!("the mount at {target} did not answer for {seconds} s"))

@@ -404,6 +404,11 @@ impl Puller {
         self.inner.board.list()
     }
 
+    /// Shows among [`Puller::pulls`], from now on, what another process pulls into this store.
+    pub fn show_elsewhere(&self, pulls: Vec<PullProgress>) {
+        self.inner.board.set_elsewhere(pulls);
+    }
+
     /// What came, and what did not have to, since the start.
     pub fn traffic(&self) -> Traffic {
         Traffic {

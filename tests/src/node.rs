@@ -306,6 +306,38 @@ impl Node {
         assert!(sent.is_ok_and(|status| status.success()), "kill -{name}");
     }
 
+    /// The process that serves this node's streaming volumes, as long as it lives.
+    pub fn sessions(&self) -> Option<u32> {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = self.folder.path().display().to_string();
+        let pids = said.iter().rev().filter_map(|line| {
+            let event: serde_json::Value = serde_json::from_str(line).ok()?;
+            let fields = event.get("fields").unwrap_or(&event);
+            (fields["message"] == "serving sessions").then(|| fields["pid"].as_u64())?
+        });
+        pids.filter_map(|pid| u32::try_from(pid).ok()).find(|pid| {
+            // The number may be another process's by now; what is dead has no command line.
+            std::fs::read_to_string(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.contains(&ours))
+        })
+    }
+
+    /// Sends that process a signal by name, and waits for its end.
+    ///
+    /// # Panics
+    ///
+    /// When there is none, or it does not end within a minute.
+    pub fn end_sessions(&self, signal: &str) {
+        let pid = self.sessions().expect("a process with sessions");
+        let sent = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status();
+        assert!(sent.is_ok_and(|status| status.success()), "kill -{signal}");
+        let start = Instant::now();
+        while self.sessions() == Some(pid) {
+            assert!(start.elapsed() < PATIENCE, "the sessions do not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// The store's root.
     pub fn root(&self) -> PathBuf {
         self.folder.path().join("store")
@@ -512,7 +544,24 @@ impl Node {
     ///
     /// When nothing listens.
     pub async fn publish(&self, pod: &Pod, image: &str) -> Result<(), tonic::Status> {
-        let request = publish_request(pod, &[("image", image)]);
+        self.publish_with(pod, &[("image", image)]).await
+    }
+
+    /// As [`Node::publish`], with all of the volume's attributes.
+    ///
+    /// # Errors
+    ///
+    /// The driver's answer.
+    ///
+    /// # Panics
+    ///
+    /// When nothing listens.
+    pub async fn publish_with(
+        &self,
+        pod: &Pod,
+        attributes: &[(&str, &str)],
+    ) -> Result<(), tonic::Status> {
+        let request = publish_request(pod, attributes);
         self.csi().await.node_publish_volume(request).await.map(drop)
     }
 
@@ -602,6 +651,9 @@ impl Drop for Node {
         if let Some(mut agent) = self.agent.take() {
             let _ = agent.kill();
             let _ = agent.wait();
+        }
+        if self.sessions().is_some() {
+            self.end_sessions("KILL");
         }
         // The namespace, and every mount in it, goes with its last process.
         let _ = self.namespace.kill();

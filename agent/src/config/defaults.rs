@@ -18,6 +18,7 @@ impl Default for Config {
             api: Api { socket: home.socket(), tcp: Tcp::default() },
             http: Http::default(),
             csi: Csi { enabled: home == Home::System, ..Csi::default() },
+            stream: Stream::default(),
             registries: Registries::default(),
             runtime: ContainerRuntime::default(),
             pull: Pull::default(),
@@ -77,6 +78,13 @@ impl Default for ImageAccess {
             remember_for: Duration::from_secs(3600),
             registry_away: RegistryAway::AllowKnown,
         }
+    }
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        // Readers must end before those who watch them lose patience.
+        Self { read_timeout: Duration::from_secs(60), start: true }
     }
 }
 

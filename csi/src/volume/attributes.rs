@@ -113,6 +113,16 @@ pub struct PodInfo {
     pub uid: String,
 }
 
+/// When a pod starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// When all of the image is here and verified.
+    #[default]
+    Wait,
+    /// As soon as its files are known; bytes may be read before they are verified.
+    Stream,
+}
+
 /// What a volume shows, and how it comes to the node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeAttributes {
@@ -124,6 +134,8 @@ pub struct VolumeAttributes {
     pub filter: Option<Filter>,
     /// `noexec`, and mount options that say the same.
     pub options: MountOptions,
+    /// `mode`: whether the pod starts before all of the image is here.
+    pub mode: Mode,
     /// `pullPolicy`: when the registry is asked. `IfNotPresent` unless said otherwise.
     pub pull_policy: PullPolicy,
     /// `pin`: for how long the image stays on the node after the volume is gone.
@@ -140,6 +152,7 @@ impl VolumeAttributes {
             path: None,
             filter: None,
             options: MountOptions::default(),
+            mode: Mode::default(),
             pull_policy: PullPolicy::default(),
             pin: None,
             pod: None,
@@ -175,17 +188,21 @@ impl VolumeAttributes {
         let image = image.filter(|text| !text.is_empty()).ok_or_else(|| {
             invalid("image", &"missing; name the image to mount, such as registry.example/model:v1")
         })?;
-        match mode {
-            None | Some("wait") => {}
-            Some("stream") => {
-                let why = "stream is not supported yet; leave it out, and the pod starts when \
-                           all of the image is here";
+        let mode = match mode {
+            None | Some("wait") => Mode::Wait,
+            Some("stream") if include.or(exclude).is_some() => {
+                let why = "stream shows all files of a folder; leave out include and exclude, or \
+                           leave out the mode, and the pod starts when all of the image is here";
                 return Err(invalid("mode", &why));
             }
+            Some("stream") => Mode::Stream,
             Some(other) => {
-                return Err(invalid("mode", &format!("{:?} is not wait", shown(other))));
+                return Err(invalid(
+                    "mode",
+                    &format!("{:?} is none of wait, stream", shown(other)),
+                ));
             }
-        }
+        };
         Ok(Self {
             image: image.parse().map_err(|why| invalid("image", &why))?,
             path: match path {
@@ -203,6 +220,7 @@ impl VolumeAttributes {
                     }
                 },
             },
+            mode,
             pull_policy: match pull_policy {
                 None => PullPolicy::default(),
                 Some("IfNotPresent") => PullPolicy::IfNotPresent,
@@ -265,7 +283,10 @@ mod tests {
         let attributes = parse(&[("image", "registry.example/model:v1")]).unwrap();
         assert_eq!(attributes.image.to_string(), "registry.example/model:v1");
         assert_eq!(attributes.path, None);
-        assert_eq!(attributes.pull_policy, PullPolicy::IfNotPresent);
+        assert_eq!(
+            (attributes.mode, attributes.pull_policy),
+            (Mode::Wait, PullPolicy::IfNotPresent)
+        );
         assert_eq!(attributes.pod, None);
     }
 
@@ -330,8 +351,13 @@ mod tests {
             "volume attribute path: must not have `..` in it"
         );
         let error = |name, value| parse(&[("image", "a/b:c"), (name, value)]).unwrap_err();
-        assert!(error("mode", "stream").starts_with("volume attribute mode: stream is not supp"));
-        assert_eq!(error("mode", "x"), r#"volume attribute mode: "x" is not wait"#);
+        assert_eq!(error("mode", "x"), r#"volume attribute mode: "x" is none of wait, stream"#);
+        let stream = [("image", "a/b:c"), ("mode", "stream")];
+        assert_eq!(parse(&stream).unwrap().mode, Mode::Stream);
+        for filter in ["include", "exclude"] {
+            let error = parse(&[stream[0], stream[1], (filter, "*.bin")]).unwrap_err();
+            assert!(error.starts_with("volume attribute mode: stream shows all files"), "{error}");
+        }
         assert_eq!(
             error("noexec", "yes"),
             r#"volume attribute noexec: "yes" is neither true nor false"#

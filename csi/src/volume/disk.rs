@@ -15,15 +15,19 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use std::{fs, io};
 
-use carport_image::Store;
 use carport_image::pull::Pulled;
 use carport_image::store::{Owner, PinRequest, RecordKind, Records, StoreError};
+use carport_image::{Digest, Reference, Store};
 
 use super::error::{PublishError, StatsError, UnpublishError};
 use super::record::{VolumeRecord, record_name};
 use super::{Condition, Reconciled, TargetPath, VolumeAttributes, VolumeId};
 use crate::crash;
-use crate::mount::{FolderId, ImagePath, MountError, MountOptions, Mounter, TargetState, Tree};
+use crate::fuse::FS_TYPE;
+use crate::mount::{
+    FolderId, ImagePath, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree,
+};
+use crate::stream::Shown;
 
 /// What the kubelet gives the folders of volumes that it makes itself. Hidden by the mount.
 const TARGET_MODE: u32 = 0o750;
@@ -73,8 +77,9 @@ impl Disk {
             }
             (TargetState::Mounted { id, read_only }, Some(record)) => {
                 let shown = self.mounter.identify(&self.tree(&record));
-                // A tree that is gone from the store is still there in the mount.
-                if !read_only || shown.is_ok_and(|shown| shown != id) {
+                // A tree that is gone from the store is still there in the mount, and what arrives
+                // is not in the store.
+                if !read_only || (!record.stream && shown.is_ok_and(|shown| shown != id)) {
                     return Err(occupied(&wanted.target, "another mount"));
                 }
                 let asked = &wanted.attributes;
@@ -106,22 +111,58 @@ impl Disk {
     pub(super) fn commit(&self, wanted: &Wanted, pulled: &Pulled) -> Result<(), PublishError> {
         let asked = &wanted.attributes;
         let mut record = VolumeRecord {
-            volume_id: wanted.volume_id.clone(),
-            target: wanted.target.clone(),
-            image: asked.image.clone(),
-            digest: pulled.digest,
-            path: asked.path.clone(),
             filter: asked.filter.clone(),
             view: asked.filter.as_ref().map(|filter| filter.name(asked.path.as_ref())),
-            options: asked.options,
             bytes: pulled.image.unpacked_bytes,
             files: pulled.image.files,
-            pin_seconds: asked.pin.map(|time| time.as_secs()),
-            pod: asked.pod.clone(),
-            published_at: SystemTime::now(),
+            ..record_of(wanted, pulled.digest)
         };
         let done = self.put_and_show(&mut record);
         done.map_err(|error| self.after_failure(wanted, error))
+    }
+
+    /// The same for an image that arrives, of its session's mount.
+    pub(super) fn commit_arriving(
+        &self,
+        wanted: &Wanted,
+        shown: &Shown,
+    ) -> Result<(), PublishError> {
+        let record = VolumeRecord {
+            stream: true,
+            bytes: shown.bytes,
+            files: shown.files,
+            ..record_of(wanted, shown.digest)
+        };
+        let done = || {
+            self.records.put(&record_name(&record.volume_id, &record.target), &record)?;
+            crash::point("publish: recorded");
+            let tree = Tree { rootfs: shown.mount.clone(), path: record.path.clone() };
+            self.show(&tree, &record.target, record.options)?;
+            // The session may have ended in between, which leaves an empty folder.
+            match self.mount_at(record.target.as_path())? {
+                Some(mount) if mount.fs_type == FS_TYPE => Ok(()),
+                _ => {
+                    self.mounter.unmount(record.target.as_path())?;
+                    Err(MountError::TreeGone(tree.rootfs).into())
+                }
+            }
+        };
+        done().map_err(|error| self.after_failure(wanted, error))
+    }
+
+    /// Whether a session's mount is to be seen here.
+    pub(super) fn sees(&self, shown: &Shown) -> Result<bool, PublishError> {
+        Ok(self.mount_at(&shown.mount)?.is_some_and(|mount| mount.fs_type == FS_TYPE))
+    }
+
+    /// Whether an image that this names is here.
+    pub(super) fn has(&self, image: &Reference) -> Result<bool, StoreError> {
+        self.store.lookup(image).map(|found| found.is_some())
+    }
+
+    /// The topmost mount at a path. Asks no server of files.
+    fn mount_at(&self, path: &Path) -> Result<Option<MountPoint>, MountError> {
+        Ok(self.mounter.under(path)?.into_iter().rfind(|mount| mount.target == path))
     }
 
     fn put_and_show(&self, record: &mut VolumeRecord) -> Result<(), PublishError> {
@@ -240,8 +281,9 @@ impl Disk {
         }
         let path = target.as_path();
         let mounts = self.mounter.under(path)?;
-        let foreign =
-            mounts.iter().find(|mount| mount.target == path && mount.shown_image().is_none());
+        let foreign = mounts.iter().find(|mount| {
+            mount.target == path && mount.shown_image().is_none() && mount.fs_type != FS_TYPE
+        });
         match foreign {
             Some(mount) if self.mounter.state(path)? != TargetState::Dead => {
                 tracing::warn!(%target, fs_type = mount.fs_type, "left a mount that is not ours");
@@ -249,6 +291,20 @@ impl Disk {
             }
             _ => Ok(true),
         }
+    }
+
+    /// Whether a streaming volume's mount is there. Whether its session is well its own process tells:
+    /// nothing here asks it.
+    pub(super) fn streaming_condition(&self, target: &TargetPath) -> Condition {
+        let what = match self.mount_at(target.as_path()) {
+            Ok(Some(mount)) if mount.read_only => return Condition::Normal,
+            Ok(Some(_)) => "another mount is",
+            Ok(None) => "nothing is mounted",
+            Err(error) => return Condition::Abnormal(error.to_string()),
+        };
+        Condition::Abnormal(format!(
+            "{what} at {target}; delete the pod to have the image mounted again"
+        ))
     }
 
     /// Whether a volume's mount is there.
@@ -292,6 +348,11 @@ impl Disk {
             records.iter().map(|(_, record)| record.target.as_path()).collect();
         for (name, record) in &records {
             let target = record.target.as_path();
+            if record.stream && self.mount_at(target).is_ok_and(|mount| mount.is_some()) {
+                // Its session may be dead or alive; that is looked after all the time.
+                outcome.mounted += 1;
+                continue;
+            }
             match self.mounter.state(target) {
                 Ok(TargetState::Mounted { .. }) => outcome.mounted += 1,
                 Ok(TargetState::Dead) => {
@@ -374,6 +435,27 @@ impl Disk {
             }
             other => other,
         }
+    }
+}
+
+/// Of a volume that shows all of `path`.
+fn record_of(wanted: &Wanted, digest: Digest) -> VolumeRecord {
+    let asked = &wanted.attributes;
+    VolumeRecord {
+        volume_id: wanted.volume_id.clone(),
+        target: wanted.target.clone(),
+        image: asked.image.clone(),
+        digest,
+        path: asked.path.clone(),
+        filter: None,
+        view: None,
+        options: asked.options,
+        stream: false,
+        bytes: 0,
+        files: 0,
+        pin_seconds: asked.pin.map(|time| time.as_secs()),
+        pod: asked.pod.clone(),
+        published_at: SystemTime::now(),
     }
 }
 

@@ -50,6 +50,14 @@ pub enum PublishError {
     /// The image did not come.
     #[error(transparent)]
     Pull(PullError),
+    /// The image did not come to where it is read while it arrives.
+    #[error("{message}")]
+    NotArriving {
+        /// As [`PullError::reason`].
+        reason: String,
+        /// What went wrong, and what to do.
+        message: String,
+    },
     /// The deadline came before the image's last byte; the pull goes on.
     #[error("{}; the pull goes on, publish again to wait for it", progress::sentence(.0))]
     StillPulling(Box<PullProgress>),

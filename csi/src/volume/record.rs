@@ -33,6 +33,9 @@ pub struct VolumeRecord {
     /// How it is mounted.
     #[serde(default, flatten)]
     pub options: MountOptions,
+    /// It shows a streaming session's mount, since the image was not complete when it was published.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stream: bool,
     /// Sum of the sizes of the image's files, of those that are shown where there is a filter.
     pub bytes: u64,
     /// Number of these files.
@@ -92,6 +95,6 @@ mod tests {
         let old = text.replace(r#""noexec":true,"#, "");
         let old: VolumeRecord = serde_json::from_str(&old).unwrap();
         assert_eq!((old.filter, old.view, old.pin_seconds), (None, None, None));
-        assert!(!old.options.noexec);
+        assert!(!old.options.noexec && !old.stream);
     }
 }

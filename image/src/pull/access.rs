@@ -21,7 +21,7 @@ use crate::source::{Audience, ManifestName, Source, SourceError};
 use crate::store::{AccessRecord, Standing};
 
 /// How the right to an image that is here is looked into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct AccessCheck {
     /// For how long an answer of the registry counts.
     pub remember_for: Duration,

@@ -21,6 +21,8 @@ const REMEMBERED_FAILURES: usize = 64;
 /// All pulls that can be seen from outside.
 pub(super) struct Board {
     entries: Mutex<Vec<Arc<Entry>>>,
+    /// Pulls that another process does, as it told last.
+    elsewhere: Mutex<Vec<PullProgress>>,
     pub(super) changes: watch::Sender<u64>,
 }
 
@@ -47,7 +49,11 @@ pub(super) struct Stage {
 
 impl Default for Board {
     fn default() -> Self {
-        Self { entries: Mutex::default(), changes: watch::Sender::new(0) }
+        Self {
+            entries: Mutex::default(),
+            elsewhere: Mutex::default(),
+            changes: watch::Sender::new(0),
+        }
     }
 }
 
@@ -97,8 +103,17 @@ impl Board {
     }
 
     pub(super) fn list(&self) -> Vec<PullProgress> {
-        let entries = lock(&self.entries);
-        entries.iter().map(|entry| entry.progress()).collect()
+        let mut list: Vec<_> = lock(&self.entries).iter().map(|entry| entry.progress()).collect();
+        list.extend(lock(&self.elsewhere).iter().cloned());
+        list
+    }
+
+    pub(super) fn set_elsewhere(&self, pulls: Vec<PullProgress>) {
+        let before = std::mem::replace(&mut *lock(&self.elsewhere), pulls.clone());
+        let stage = |pull: &PullProgress| (pull.started_at, pull.digest, pull.state.clone());
+        if !before.iter().map(stage).eq(pulls.iter().map(stage)) {
+            self.changes.send_modify(|n| *n += 1);
+        }
     }
 }
 

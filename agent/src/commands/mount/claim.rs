@@ -163,6 +163,7 @@ mod tests {
             path: None,
             filter: None,
             view: None,
+            stream: false,
             options: MountOptions::default(),
             bytes: 1,
             files: 1,

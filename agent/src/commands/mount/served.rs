@@ -23,12 +23,11 @@ use carport_csi::fuse::{self, FuseMount};
 use carport_csi::mount::{ImagePath, KernelMounter, MountOptions, Mounter as _, TargetState, Tree};
 use carport_csi::volume::{TargetPath, VolumeId, VolumeRecord};
 use carport_image::{Digest, Reference, Store};
-use rustix::process::{Resource, Rlimit};
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::Mounted;
 use super::claim::{self, Claims};
 use crate::cli::{Global, MountArgs, Output};
+use crate::commands::fuse::{raise_open_files, told_to_end};
 use crate::commands::pull::pull_one;
 use crate::commands::{open_puller, open_store};
 use crate::config::Config;
@@ -249,21 +248,6 @@ async fn serve(
     Ok(())
 }
 
-/// Ends when this process is told to.
-fn told_to_end() -> anyhow::Result<impl Future<Output = ()>> {
-    let on = |kind| signal(kind).context("wait for signals");
-    let mut terminate = on(SignalKind::terminate())?;
-    let mut interrupt = on(SignalKind::interrupt())?;
-    let mut hangup = on(SignalKind::hangup())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    })
-}
-
 fn record(
     wanted: &Wanted,
     digest: Digest,
@@ -280,6 +264,7 @@ fn record(
         path: wanted.path.clone(),
         filter: None,
         view: None,
+        stream: false,
         options: MountOptions::default(),
         bytes,
         files,
@@ -287,13 +272,6 @@ fn record(
         pod: None,
         published_at: SystemTime::now(),
     })
-}
-
-/// Each file that a reader has open is one of ours; the usual 1024 is a shell's measure.
-fn raise_open_files() -> rustix::io::Result<()> {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    rustix::process::setrlimit(Resource::Nofile, raised)
 }
 
 /// Waits until nobody serves `target` any more; false when somebody still has a file open.

@@ -22,7 +22,7 @@ use base64::Engine;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::reference::Reference;
@@ -80,6 +80,24 @@ impl PullSecret {
         let mut entries = vec![Entry { pattern: Pattern::new(registry), auth }];
         entries.extend_from_slice(&self.entries);
         Self { entries: entries.into() }
+    }
+
+    /// All of it as text, the credentials included, for another process of this user that pulls in its
+    /// stead. Never to be logged or kept.
+    pub fn hand_over(&self) -> String {
+        // Of strings alone, so it never fails.
+        serde_json::to_string(&*self.entries).unwrap_or_default()
+    }
+
+    /// What [`PullSecret::hand_over`] wrote.
+    ///
+    /// # Errors
+    ///
+    /// [`SourceError::Invalid`] when it is something else; the message repeats nothing of it.
+    pub fn taken_over(text: &str) -> Result<Self, SourceError> {
+        let entries: Vec<Entry> = parse(text.as_bytes())
+            .map_err(|why| SourceError::Invalid(format!("credentials handed over: {why}")))?;
+        Ok(Self { entries: entries.into() })
     }
 
     /// Tells apart who asks for `reference`, without being a credential: of all that the
@@ -285,7 +303,7 @@ struct DockerConfig {
 }
 
 /// An entry as docker writes it; all of it may be missing where a helper holds the secret.
-#[derive(Clone, Default, Deserialize, PartialEq, Eq, Hash)]
+#[derive(Clone, Default, Serialize, Deserialize, PartialEq, Eq, Hash)]
 struct Auth {
     auth: Option<String>,
     username: Option<String>,
@@ -294,7 +312,7 @@ struct Auth {
 }
 
 /// One entry of `auths`.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, Serialize, Deserialize, PartialEq, Eq, Hash)]
 struct Entry {
     pattern: Pattern,
     auth: Auth,
@@ -339,7 +357,7 @@ fn decode(auth: &str) -> Option<(String, String)> {
 }
 
 /// The key of an entry: which repositories it is for.
-#[derive(Clone, PartialEq, Eq, Hash)]
+#[derive(Clone, Serialize, Deserialize, PartialEq, Eq, Hash)]
 struct Pattern {
     host: String,
     path: String,
@@ -430,6 +448,19 @@ mod tests {
         assert_eq!(pick(&with, "a.example", "team/m"), Some(password("ada", "own")));
         assert_eq!(pick(&with, "x.b.example", "team/m"), Some(password("pod", "t2")));
         assert_eq!(pick(&with, "c.example", "team/m"), None);
+    }
+
+    #[test]
+    fn what_is_handed_over_is_taken_over_whole_and_in_order() {
+        let auths = serde_json::json!({"quay.io/team": {"auth": "YTpi"}, "*.example": {"identitytoken": "t"}});
+        let given = secret(&auths).or_login("quay.io", "u".into(), "p".into());
+        let taken = PullSecret::taken_over(&given.hand_over()).unwrap();
+        assert!(taken == given);
+        assert!(
+            PullSecret::taken_over(&PullSecret::none().hand_over()).unwrap() == PullSecret::none()
+        );
+        let error = PullSecret::taken_over(r#"{"hunter2""#).unwrap_err().to_string();
+        assert!(!error.contains("hunter2"), "{error}");
     }
 
     fn pick(secret: &PullSecret, host: &str, repository: &str) -> Option<Credential> {

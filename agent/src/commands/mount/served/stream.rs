@@ -9,8 +9,9 @@ use anyhow::{Context as _, bail};
 use carport_csi::fuse::FuseMount;
 use carport_image::pull::PullRequest;
 
-use super::{Claims, Mounted, PATIENCE, Wanted, raise_open_files, record, told_to_end};
+use super::{Claims, Mounted, PATIENCE, Wanted, record};
 use crate::cli::Output;
+use crate::commands::fuse::{raise_open_files, told_to_end};
 use crate::commands::open_puller;
 use crate::config::Config;
 
