@@ -31,6 +31,7 @@ mod conformance;
 pub(crate) mod fake;
 mod kernel;
 mod mountinfo;
+pub mod native;
 mod syscalls;
 
 pub use kernel::KernelMounter;
@@ -69,7 +70,8 @@ pub trait Mounter: Send + Sync + fmt::Debug {
     /// What is at `target` now.
     fn state(&self, target: &Path) -> Result<TargetState, MountError>;
 
-    /// The mounts at `prefix` and below, dead ones included, in the order of mounting.
+    /// The mounts at `prefix` and below, dead ones included, in the order of mounting, and of
+    /// those at one target the topmost last.
     fn under(&self, prefix: &Path) -> Result<Vec<MountPoint>, MountError>;
 }
 
@@ -154,6 +156,22 @@ pub struct FolderId {
     pub device: u64,
     /// Inode number on that device.
     pub inode: u64,
+}
+
+/// A file system that is mounted somewhere, by the number that the kernel gives it for as long
+/// as it is: the same whatever path, bind mount or mount namespace it is seen by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Device {
+    /// Of block devices the driver; 0 for file systems without one.
+    pub major: u32,
+    /// Which one.
+    pub minor: u32,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
 }
 
 /// What is at a target path.

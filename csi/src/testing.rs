@@ -76,20 +76,54 @@ pub(crate) fn mount_tmpfs(target: &Path) {
 /// Mounts a FUSE file system whose server is gone already. False, and a word about it,
 /// where there is no FUSE.
 pub(crate) fn mount_dead_fuse(target: &Path) -> bool {
+    // Closing the device ends the connection: every call answers ENOTCONN from now on.
+    mount_hung_fuse(target).map(drop).is_some()
+}
+
+/// Mounts a FUSE file system whose server never answers, for as long as the answer is kept.
+/// `None`, and a word about it, where there is no FUSE.
+pub(crate) fn mount_hung_fuse(target: &Path) -> Option<File> {
     let device = match File::options().read(true).write(true).open("/dev/fuse") {
         Ok(device) => device,
         Err(error) => {
             println!("skipped: open /dev/fuse: {error}");
-            return false;
+            return None;
         }
     };
     let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
     let options = CString::new(options).unwrap();
-    rustix::mount::mount("dead", target, "fuse", MountFlags::empty(), Some(options.as_c_str()))
+    rustix::mount::mount("hung", target, "fuse", MountFlags::empty(), Some(options.as_c_str()))
         .unwrap();
-    // Closing the device ends the connection: every call answers ENOTCONN from now on.
-    drop(device);
-    true
+    Some(device)
+}
+
+/// A file, mapped.
+pub(crate) struct Mapping {
+    at: *mut libc::c_void,
+    length: usize,
+}
+
+impl Mapping {
+    /// The first `length` bytes of a file that nobody changes.
+    pub(crate) fn of(file: &File, length: usize) -> Self {
+        let (read, private, fd) = (libc::PROT_READ, libc::MAP_PRIVATE, file.as_raw_fd());
+        // SAFETY: a fresh mapping, at a place that the kernel chooses.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), length, read, private, fd, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        Self { at, length }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped until it is dropped, and never written.
+        unsafe { std::slice::from_raw_parts(self.at.cast(), self.length) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `of`; nothing borrows it any more.
+        unsafe { libc::munmap(self.at, self.length) };
+    }
 }
 
 /// A store, images to pull into it, and a folder for the targets of pods.

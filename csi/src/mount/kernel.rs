@@ -147,6 +147,7 @@ impl Mounter for KernelMounter {
         Ok(mounts
             .into_iter()
             .filter_map(|mount| {
+                let mount = mount.point;
                 let below = mount.target.strip_prefix(&real).ok()?;
                 let target = match below.as_os_str().is_empty() {
                     true => prefix.to_owned(),
@@ -160,7 +161,7 @@ impl Mounter for KernelMounter {
 
 /// `path` with the symbolic links before its last part resolved. The last part is
 /// not looked at: it may be a dead mount.
-fn real_path(path: &Path) -> PathBuf {
+pub(super) fn real_path(path: &Path) -> PathBuf {
     match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) => match parent.canonicalize() {
             Ok(parent) => parent.join(name),

@@ -1,4 +1,4 @@
-//! `mount_setattr(2)`, which rustix does not wrap.
+//! `mount_setattr(2)`, which rustix does not wrap, and `unshare(2)`.
 #![allow(unsafe_code, reason = "a raw system call")]
 
 use std::io;
@@ -34,4 +34,12 @@ pub(super) fn seal(mount: BorrowedFd<'_>, noexec: bool) -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Gives the calling thread a root and a working folder of its own, without which the kernel
+/// lets no thread enter another mount namespace.
+pub(super) fn leave_shared_paths() -> rustix::io::Result<()> {
+    // SAFETY: descriptors stay shared; nothing in this crate relies on threads having one
+    // working folder.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }
 }
