@@ -28,6 +28,7 @@ mod gpus;
 mod runtime;
 mod scrub;
 mod store;
+mod streams;
 mod volumes;
 
 use gpus::GpuMetrics;
@@ -36,6 +37,7 @@ pub(crate) use gpus::tests::one_gpu;
 pub use runtime::RuntimeMetrics;
 pub use scrub::ScrubMetrics;
 pub use store::StoreMetrics;
+pub use streams::StreamMetrics;
 pub use volumes::VolumeMetrics;
 
 /// What an OpenMetrics scraper expects to be told.
@@ -54,6 +56,8 @@ pub struct Metrics {
     pub prepull: PrepullMetrics,
     /// Publishes and unpublishes.
     pub volumes: VolumeMetrics,
+    /// Streaming volumes.
+    pub streams: StreamMetrics,
     /// What the store was asked to keep, and what went.
     pub store: StoreMetrics,
     /// The scrub.
@@ -163,6 +167,7 @@ impl Default for Metrics {
         let pulls = PullMetrics::new(&mut registry);
         let prepull = PrepullMetrics::new(&mut registry);
         let volumes = VolumeMetrics::new(&mut registry);
+        let streams = StreamMetrics::new(&mut registry);
         let store = StoreMetrics::new(&mut registry);
         let scrub = ScrubMetrics::new(&mut registry);
         let runtime = RuntimeMetrics::new(&mut registry);
@@ -174,6 +179,7 @@ impl Default for Metrics {
             pulls,
             prepull,
             volumes,
+            streams,
             store,
             scrub,
             runtime,

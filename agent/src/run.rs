@@ -112,6 +112,7 @@ impl Agent {
         let puller = Puller::new(store, sources, config.pull_options());
         puller.set_bandwidth(config.bandwidth());
         let layouts = LayoutFolders::new(&config.csi.layout_folders);
+        let metrics = Arc::new(Metrics::default());
         let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
         if let Some(max_pin) = config.csi.max_pin {
             volumes = volumes.with_max_pin(max_pin);
@@ -122,9 +123,9 @@ impl Agent {
         if config.csi.enabled {
             let streams =
                 Streams::new(config.stream_folder(), puller.clone(), fuse::starter(&config));
-            volumes = volumes.with_streams(streams);
+            let events = metrics.streams.clone();
+            volumes = volumes.with_streams(streams.observed_by(move |event| events.observe(event)));
         }
-        let metrics = Arc::new(Metrics::default());
         let driver = match config.csi.enabled {
             true => Some(bind_driver(&config, &volumes, &metrics)?),
             false => None,

@@ -38,7 +38,7 @@ use rustix::mount::UnmountFlags;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::mount::{ImagePath, KernelMounter, MountError, Mounter as _, Tree, open_tree};
+use crate::mount::{Device, ImagePath, KernelMounter, MountError, Mounter as _, Tree, open_tree};
 
 mod adapter;
 mod descriptor;
@@ -142,6 +142,7 @@ pub fn check() -> Result<(), FuseError> {
 #[derive(Debug)]
 pub struct FuseMount {
     target: PathBuf,
+    device: Device,
     /// True once the session has ended.
     ended: watch::Receiver<bool>,
     /// Ends the waits for bytes that have not come.
@@ -212,8 +213,9 @@ impl FuseMount {
                 end.send_replace(true);
             })
             .map_err(|error| FuseError::io("start a thread", error))?;
-        let mount = Self {
+        let mut mount = Self {
             target: target.to_owned(),
+            device: Device { major: 0, minor: 0 },
             ended,
             waits,
             stop,
@@ -227,25 +229,31 @@ impl FuseMount {
                 return Err(FuseError::io("serve", io::Error::other("the session ended at once")));
             }
         }
-        mount.tune()?;
+        mount.device = mount.tune()?;
         tracing::info!(target = %target.display(), "mounted through fuse");
         Ok(mount)
     }
 
     /// Asks the mount a first question, and makes it fast.
-    fn tune(&self) -> Result<(), FuseError> {
+    fn tune(&self) -> Result<Device, FuseError> {
         let shown = self.target.display();
         descriptor::close_devices_on_exec()
             .map_err(|error| FuseError::io("look at open files", error))?;
         let stat = rustix::fs::stat(&self.target)
             .map_err(|error| FuseError::io(format!("look at {shown}"), error))?;
         let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-        let knob = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+        let device = Device { major, minor };
+        let knob = format!("/sys/class/bdi/{device}/read_ahead_kb");
         // Root's only, and not there in some containers; it works without.
         if let Err(error) = std::fs::write(&knob, READ_AHEAD_KB) {
             tracing::debug!(%knob, %error, "left the read-ahead as it is");
         }
-        Ok(())
+        Ok(device)
+    }
+
+    /// The number by which all mounts of it are known.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Where it is mounted.

@@ -160,7 +160,7 @@ pub struct FolderId {
 
 /// A file system that is mounted somewhere, by the number that the kernel gives it for as long
 /// as it is: the same whatever path, bind mount or mount namespace it is seen by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Device {
     /// Of block devices the driver; 0 for file systems without one.
     pub major: u32,

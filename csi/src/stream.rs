@@ -35,8 +35,8 @@ mod client;
 mod serve;
 mod wire;
 
+pub use client::{Event, Starter, Streams};
 pub(crate) use client::{Known, Unopened};
-pub use client::{Starter, Streams};
 pub use serve::{ServeOptions, serve};
 pub(crate) use wire::{Failure, Open, Session, Shown, State};
 

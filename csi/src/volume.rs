@@ -48,6 +48,7 @@ mod progress;
 mod record;
 mod streaming;
 mod targets;
+mod tend;
 #[cfg(test)]
 mod tests;
 

@@ -2,14 +2,18 @@
 //! wants first, and outlives whatever ends meanwhile.
 #![allow(clippy::unwrap_used)] // a test that cannot go on says where
 
-use std::fs;
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use carport_csi::fuse::{self, FS_TYPE};
+use carport_proto::csi::v1 as csi;
 use carport_tests::carport::binary;
 use carport_tests::images::{Image, Tar, noise};
 use carport_tests::node::{Node, Pod, Setup, eventually};
-use carport_tests::scripted::{Gate, Request, Scripted};
+use carport_tests::scripted::{Answer, Gate, Request, Scripted};
 
 const SHARD_BYTES: usize = 12 * 1024 * 1024 + 333;
 
@@ -63,11 +67,16 @@ fn asked(server: &Scripted, image: &Image) -> u64 {
 
 /// A node on which volumes can stream.
 fn node(test: &str, server: &Scripted) -> Option<Node> {
+    configured(test, server, None)
+}
+
+fn configured(test: &str, server: &Scripted, config: Option<&str>) -> Option<Node> {
     if let Err(error) = fuse::check() {
         eprintln!("SKIPPED {test}: {error}");
         return None;
     }
-    Node::set_up(binary(), Setup::plain_http(&[&server.host()]))
+    let config = config.map(str::to_owned);
+    Node::set_up(binary(), Setup { config, ..Setup::plain_http(&[&server.host()]) })
 }
 
 fn name(server: &Scripted) -> String {
@@ -85,12 +94,39 @@ fn fs_type(node: &Node, pod: &Pod) -> Option<String> {
     Some(fields.split(' ').next()?.to_owned())
 }
 
+fn is_native(node: &Node, pod: &Pod) -> bool {
+    fs_type(node, pod).is_some_and(|fs_type| fs_type != FS_TYPE)
+}
+
+/// What the driver says is wrong with a pod's volume.
+async fn condition(node: &Node, pod: &Pod) -> Option<String> {
+    let request = csi::NodeGetVolumeStatsRequest {
+        volume_id: pod.volume_id.clone(),
+        volume_path: pod.target.display().to_string(),
+        ..Default::default()
+    };
+    let stats = node.csi().await.node_get_volume_stats(request).await.unwrap().into_inner();
+    let condition = stats.volume_condition.unwrap();
+    condition.abnormal.then_some(condition.message)
+}
+
+/// A read of what is held back, on a thread: its error, and how long it took.
+fn blocked(path: PathBuf) -> tokio::task::JoinHandle<(io::Error, Duration)> {
+    tokio::task::spawn_blocking(move || {
+        let start = Instant::now();
+        let file = File::open(path).unwrap();
+        let at = SHARD_BYTES as u64 - 1000;
+        let error = file.read_at(&mut [0; 100], at).unwrap_err();
+        (error, start.elapsed())
+    })
+}
+
 fn at(node: &Node, pod: &Pod, file: &str) -> PathBuf {
     node.inside(&pod.target).join("models").join(file)
 }
 
 /// Reads a file of a pod, on a thread that may wait.
-async fn read(node: &Node, pod: &Pod, file: &str) -> std::io::Result<Vec<u8>> {
+async fn read(node: &Node, pod: &Pod, file: &str) -> io::Result<Vec<u8>> {
     let path = at(node, pod, file);
     tokio::task::spawn_blocking(move || fs::read(path)).await.unwrap()
 }
@@ -116,25 +152,32 @@ async fn a_pod_starts_while_its_image_arrives_and_the_next_one_gets_a_kernel_mou
         assert_eq!(fs_type(&node, pod).as_deref(), Some(FS_TYPE));
         assert!(read(&node, pod, "latest").await.unwrap() == shard(3));
     }
-    let device = |pod: &Pod| {
-        use std::os::unix::fs::MetadataExt as _;
-        fs::metadata(node.inside(&pod.target)).unwrap().dev()
-    };
+    let device = |pod: &Pod| fs::metadata(node.inside(&pod.target)).unwrap().dev();
     assert_eq!(device(&first), device(&second), "one page cache");
     assert!(fs::write(at(&node, &first, "config.json"), b"").is_err());
     let pull = node.json(&["status"])["models"][0]["pull"].clone();
     assert!(pull["done_bytes"].as_u64() > Some(OPEN_BYTES), "{pull}");
 
+    let open = File::open(at(&node, &second, "model-2.safetensors")).unwrap();
     let late = read(&node, &first, "model-1.safetensors");
     gate.open();
     assert!(late.await.unwrap() == shard(1));
     eventually("the image is stored", async || stored(&node)).await;
     stream(&node, &third, &name).await.unwrap();
-    assert_ne!(fs_type(&node, &third).as_deref(), Some(FS_TYPE));
+    assert!(is_native(&node, &third));
+    assert_eq!(asked(&server, &image), image.layer_bytes(), "each byte once");
+    for pod in [&first, &second] {
+        eventually("a running pod is turned native", async || is_native(&node, pod)).await;
+    }
+    // Open while it was turned, and served until it is closed.
+    let mut bytes = vec![0; 1000];
+    open.read_exact_at(&mut bytes, SHARD_BYTES as u64 - 1000).unwrap();
+    assert!(bytes == shard(2)[SHARD_BYTES - 1000..]);
+    drop(open);
     for pod in [&first, &second, &third] {
         assert!(read(&node, pod, "model-2.safetensors").await.unwrap() == shard(2));
+        assert_eq!(condition(&node, pod).await, None);
     }
-    assert_eq!(asked(&server, &image), image.layer_bytes(), "each byte once");
 
     for pod in [&first, &second, &third] {
         node.unpublish(pod).await.unwrap();
@@ -169,4 +212,193 @@ async fn with_its_last_volume_a_session_ends_and_what_came_is_kept() {
     assert!(read(&node, &pod, "model-1.safetensors").await.unwrap() == shard(1));
     let again = asked(&server, &image) - image.layer_bytes();
     assert!(again < SHARD_BYTES as u64, "{again} bytes came twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_do_not_notice_that_the_agent_is_killed_and_it_goes_on_from_there() {
+    let (image, gate) = (image(), Gate::closed_at(OPEN_BYTES));
+    let server = holding_back(&image, &gate).await;
+    let test = "readers_do_not_notice_that_the_agent_is_killed_and_it_goes_on_from_there";
+    let Some(mut node) = node(test, &server) else { return };
+    let pod = node.pod("first");
+    stream(&node, &pod, &name(&server)).await.unwrap();
+    node.kill_agent();
+    assert!(read(&node, &pod, "model-3.safetensors").await.unwrap() == shard(3));
+    node.start_agent();
+    assert_eq!(condition(&node, &pod).await, None);
+    let again = node.pod("second");
+    stream(&node, &again, &name(&server)).await.unwrap();
+    node.kill_agent();
+    gate.open();
+    // Nobody but the process with the sessions brings it.
+    assert!(read(&node, &pod, "model-1.safetensors").await.unwrap() == shard(1));
+    assert!(read(&node, &pod, "model-2.safetensors").await.unwrap() == shard(2));
+    node.start_agent();
+    for pod in [&pod, &again] {
+        eventually("turned native", async || is_native(&node, pod)).await;
+        assert!(read(&node, pod, "latest").await.unwrap() == shard(3));
+        node.unpublish(pod).await.unwrap();
+    }
+    assert_eq!(asked(&server, &image), image.layer_bytes(), "each byte once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_session_is_made_again_under_running_pods() {
+    let (image, gate) = (image(), Gate::closed_at(OPEN_BYTES));
+    let server = holding_back(&image, &gate).await;
+    let test = "a_killed_session_is_made_again_under_running_pods";
+    let Some(node) = node(test, &server) else { return };
+    let pod = node.pod("first");
+    stream(&node, &pod, &name(&server)).await.unwrap();
+    // A container with mounts of its own, which gets none of those that the agent makes.
+    let container = node.copied_namespace();
+    let inside = container.inside(&pod.target).join("models");
+    assert!(read(&node, &pod, "model-3.safetensors").await.unwrap() == shard(3));
+    let waiting = blocked(at(&node, &pod, "model-1.safetensors"));
+    node.end_sessions("KILL");
+    let (error, took) = waiting.await.unwrap();
+    assert!(took < Duration::from_secs(30), "{error}: {took:?}");
+
+    let reads = |path: PathBuf, n| async move {
+        let read = tokio::task::spawn_blocking(move || fs::read(path)).await.unwrap();
+        read.is_ok_and(|bytes| bytes == shard(n))
+    };
+    for folder in [inside.clone(), node.inside(&pod.target).join("models")] {
+        let path = folder.join("model-3.safetensors");
+        eventually("there is another session", async || reads(path.clone(), 3).await).await;
+    }
+    assert_eq!(fs_type(&node, &pod).as_deref(), Some(FS_TYPE));
+    assert_eq!(condition(&node, &pod).await, None);
+    gate.open();
+    assert!(reads(inside.join("model-1.safetensors"), 1).await);
+    eventually("turned native", async || is_native(&node, &pod)).await;
+    let device = |path: &Path| fs::metadata(path).unwrap().dev();
+    eventually("in the container, too", async || device(&inside) == device(&node.root())).await;
+    let again = asked(&server, &image) - image.layer_bytes();
+    assert!(again < 2 * SHARD_BYTES as u64, "{again} bytes came twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_is_told_in_time_of_what_does_not_come() {
+    let (image, gate) = (image(), Gate::closed_at(OPEN_BYTES));
+    let server = holding_back(&image, &gate).await;
+    let test = "a_reader_is_told_in_time_of_what_does_not_come";
+    let config = Some("stream: {readTimeout: 300ms}");
+    let Some(node) = configured(test, &server, config) else { return };
+    let pod = node.pod("first");
+    stream(&node, &pod, &name(&server)).await.unwrap();
+    let path = at(&node, &pod, "model-1.safetensors");
+    let (error, took) = blocked(path.clone()).await.unwrap();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert!((Duration::from_millis(300)..Duration::from_secs(20)).contains(&took), "{took:?}");
+
+    // Somebody cuts the connection with readers in it: they return, and another one is made.
+    let device = rustix::fs::minor(fs::metadata(node.inside(&pod.target)).unwrap().dev());
+    let abort = format!("/sys/fs/fuse/connections/{device}/abort");
+    if let Ok(abort) = File::options().write(true).open(&abort) {
+        let readers: Vec<_> = (0..3).map(|_| blocked(path.clone())).collect();
+        io::Write::write_all(&mut &abort, b"1").unwrap();
+        for reader in readers {
+            let (error, took) = reader.await.unwrap();
+            assert!(took < Duration::from_secs(30), "{error}: {took:?}");
+        }
+        let readable = async || read(&node, &pod, "model-2.safetensors").await.is_ok();
+        eventually("there is another session", readable).await;
+    } else {
+        eprintln!("SKIPPED the abort: no {abort}");
+    }
+    gate.open();
+    eventually("turned native", async || is_native(&node, &pod)).await;
+    assert!(read(&node, &pod, "model-1.safetensors").await.unwrap() == shard(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_that_is_told_to_end_gives_who_waits_an_error_at_once() {
+    let (image, gate) = (image(), Gate::closed_at(OPEN_BYTES));
+    let server = holding_back(&image, &gate).await;
+    let test = "a_session_that_is_told_to_end_gives_who_waits_an_error_at_once";
+    let Some(mut node) = node(test, &server) else { return };
+    let pod = node.pod("first");
+    stream(&node, &pod, &name(&server)).await.unwrap();
+    let waiting = blocked(at(&node, &pod, "model-1.safetensors"));
+    assert_eq!(node.stop_agent().code(), Some(0));
+    node.end_sessions("TERM");
+    let (error, took) = waiting.await.unwrap();
+    assert!(
+        [libc::EIO, libc::ENOTCONN, libc::ECONNABORTED].contains(&error.raw_os_error().unwrap())
+    );
+    assert!(took < Duration::from_secs(30), "{took:?}");
+
+    node.start_agent();
+    let readable = async || read(&node, &pod, "model-3.safetensors").await.is_ok();
+    eventually("the next agent has another session", readable).await;
+    node.unpublish(&pod).await.unwrap();
+    assert!(!node.inside(&pod.target).exists());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_turns_out_wrong_is_an_error_for_readers_and_its_volume_abnormal() {
+    let (image, gate) = (image(), Gate::closed_at(OPEN_BYTES));
+    let mut altered = shard(2);
+    altered[5_000_000] ^= 1;
+    let wrong = image_with([&shard(1), &altered, &shard(3)]);
+    let (right, passing) = (image.clone(), gate.clone());
+    let server = Scripted::start(move |request| {
+        let (asked, given) = (right.layers[0].to_string(), wrong.layers[0].to_string());
+        if !request.target.ends_with(&asked) {
+            return right.answer(request);
+        }
+        let mut request = request.clone();
+        request.target = request.target.replace(&asked, &given);
+        let held = range_of(&request)
+            .is_some_and(|(from, to)| from < SHARD_BYTES as u64 && OPEN_BYTES < to);
+        if held { wrong.answer_gated(&request, &passing) } else { wrong.answer(&request) }
+    })
+    .await;
+    let test = "a_layer_that_turns_out_wrong_is_an_error_for_readers_and_its_volume_abnormal";
+    let Some(node) = node(test, &server) else { return };
+    let pod = node.pod("first");
+    stream(&node, &pod, &name(&server)).await.unwrap();
+    assert!(read(&node, &pod, "model-2.safetensors").await.unwrap() == altered);
+    gate.open();
+    eventually("the volume is abnormal", async || condition(&node, &pod).await.is_some()).await;
+    let why = condition(&node, &pod).await.unwrap();
+    assert!(why.contains("the source altered them"), "{why}");
+    let error = read(&node, &pod, "model-1.safetensors").await.unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    node.metric_becomes("carport_stream_failures_total{reason=\"mismatch\"}", 1.0).await;
+    assert!(!stored(&node));
+    node.unpublish(&pod).await.unwrap();
+    let folder = node.socket().with_file_name("stream");
+    eventually("the session ends", async || node.mounts_below(&folder).is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_or_cannot_stream_is_as_in_mode_wait() {
+    let (image, served) = (image(), image());
+    // No ranges, so that nothing can be read before all of a layer is here.
+    let server = Scripted::start(move |request| {
+        if request.target.contains("absent") {
+            return Answer::status(404);
+        }
+        let mut request = request.clone();
+        request.headers.remove("range");
+        served.answer(&request)
+    })
+    .await;
+    let test = "what_is_refused_or_cannot_stream_is_as_in_mode_wait";
+    let Some(node) = node(test, &server) else { return };
+    let absent = format!("{}/models/absent:v1", server.host());
+    let error = stream(&node, &node.pod("absent"), &absent).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::NotFound, "{error}");
+    assert!(!node.inside(&node.pod("absent").target).exists());
+
+    let pod = node.pod("whole");
+    stream(&node, &pod, &name(&server)).await.unwrap();
+    assert!(read(&node, &pod, "model-3.safetensors").await.unwrap() == shard(3));
+    eventually("turned native", async || is_native(&node, &pod)).await;
+    assert_eq!(node.json(&["ls"])[0]["digest"], image.digest().to_string());
+    let filtered = [("image", &*name(&server)), ("mode", "stream"), ("include", "*.json")];
+    let error = node.publish_with(&node.pod("filtered"), &filtered).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error}");
 }

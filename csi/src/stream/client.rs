@@ -28,10 +28,39 @@ const POLL: Duration = Duration::from_millis(20);
 /// How often somebody who does not serve is looked for while nobody asks for anything.
 const AWAY: Duration = Duration::from_secs(1);
 
+/// What is told of streaming volumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event<'a> {
+    /// So many sessions there are.
+    Sessions {
+        /// Whose image is on its way.
+        arriving: usize,
+        /// Whose image is complete, and who are served until they end.
+        complete: usize,
+        /// Whose pull has failed.
+        failed: usize,
+    },
+    /// The pull of a session has failed.
+    Failed {
+        /// As `PullError::reason`.
+        reason: &'a str,
+    },
+    /// Mounts of a session were to be replaced.
+    Turned {
+        /// So many were.
+        mounts: usize,
+        /// So many could not be.
+        left: usize,
+    },
+}
+
+type Observer = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
+
 /// The sessions of this node, as the agent knows them. Clones share all state.
 #[derive(Clone)]
 pub struct Streams {
     inner: Arc<Inner>,
+    observer: Observer,
 }
 
 struct Inner {
@@ -88,7 +117,18 @@ impl Streams {
                 connected: Notify::new(),
                 secrets: Mutex::default(),
             }),
+            observer: Arc::new(|_| {}),
         }
+    }
+
+    /// Tells `observer` what happens. It must not wait.
+    #[must_use]
+    pub fn observed_by(self, observer: impl Fn(&Event<'_>) + Send + Sync + 'static) -> Self {
+        Self { observer: Arc::new(observer), ..self }
+    }
+
+    pub(crate) fn tell(&self, event: &Event<'_>) {
+        (self.observer)(event);
     }
 
     pub(crate) fn known(&self) -> watch::Receiver<Known> {

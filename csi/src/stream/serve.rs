@@ -25,7 +25,7 @@ use tokio_util::task::TaskTracker;
 use super::wire::{Answer, Ask, Open, Pull, Report, Session, Shown, State};
 use super::{Line, hear, say, socket};
 use crate::fuse::{self, FuseError, FuseMount};
-use crate::mount::{KernelMounter, Mounter as _};
+use crate::mount::{KernelMounter, MountError, Mounter as _};
 use crate::socket::{BindError, Socket};
 
 /// How often what moves is told.
@@ -327,24 +327,16 @@ impl Server {
             table.last
         };
         let (digest, image) = (arriving.digest(), pull.progress().reference);
-        let files = arriving.tree().files();
-        let shown = Shown {
-            number,
-            digest,
-            // Never a path that was used before: a session that ends unmounts its own only.
-            mount: self.options.folder.join(format!("{}.{number}", digest.hex())),
-            bytes: files.iter().map(|(_, size, _)| size).sum(),
-            files: files.len() as u64,
-            waited_for: arriving.waited_for(),
-        };
-        let (target, arriving) = (shown.mount.clone(), Arc::clone(arriving));
+        // Never a path that was used before: a session that ends unmounts its own only.
+        let target = self.options.folder.join(format!("{}.{number}", digest.hex()));
+        let seen = Arc::clone(arriving);
         let (store, patience) = (self.puller.store().clone(), self.options.read_timeout);
         let mounted = tokio::task::spawn_blocking(move || {
             fs::DirBuilder::new()
                 .mode(0o700)
                 .create(&target)
                 .map_err(|e| FuseError::io(format!("make {}", target.display()), e))?;
-            let mount = FuseMount::mount_arriving(&arriving, &store, None, patience, &target);
+            let mount = FuseMount::mount_arriving(&seen, &store, None, patience, &target);
             if mount.is_err() {
                 let _ = fs::remove_dir(&target);
             }
@@ -353,6 +345,16 @@ impl Server {
         let mount = match mounted.await {
             Ok(mount) => Arc::new(mount?),
             Err(error) => return Err(FuseError::io("mount", std::io::Error::other(error))),
+        };
+        let files = arriving.tree().files();
+        let shown = Shown {
+            number,
+            digest,
+            mount: mount.target().to_owned(),
+            device: mount.device(),
+            bytes: files.iter().map(|(_, size, _)| size).sum(),
+            files: files.len() as u64,
+            waited_for: arriving.waited_for(),
         };
         if shown.waited_for > 0 {
             tracing::warn!(%image, %digest, layers = shown.waited_for,
@@ -394,10 +396,13 @@ impl Server {
         let folder = shown.mount.clone();
         let gone = tokio::task::spawn_blocking(move || {
             drop(mount);
-            fs::remove_dir(folder)
+            // Where it was turned native before it was told to end.
+            KernelMounter.unmount(&folder)?;
+            fs::remove_dir(&folder)
+                .map_err(|e| MountError::new(format!("remove {}", folder.display()), e))
         });
         if let Ok(Err(error)) = gone.await {
-            tracing::debug!(%error, "left a folder behind");
+            tracing::warn!(%error, "left a folder behind");
         }
         tracing::info!(digest = %shown.digest, number = shown.number, "session ended");
     }

@@ -20,6 +20,8 @@ use carport_image::source::{PullSecret, SourceError};
 use carport_image::{Digest, Reference};
 use serde::{Deserialize, Serialize};
 
+use crate::mount::Device;
+
 /// A pull secret is at most 1 MiB, and its text in JSON hardly twice that.
 pub(super) const MAX_LINE_BYTES: u64 = 4 * 1024 * 1024;
 
@@ -89,6 +91,8 @@ pub(crate) struct Shown {
     pub(crate) digest: Digest,
     /// Where it is mounted.
     pub(crate) mount: PathBuf,
+    /// The number of this mount's file system.
+    pub(crate) device: Device,
     /// Sum of its files' sizes.
     pub(crate) bytes: u64,
     pub(crate) files: u64,

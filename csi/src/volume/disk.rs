@@ -9,8 +9,9 @@
 //! unpublish or the next start finds, and while it is there the image stays.
 
 use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use std::{fs, io};
@@ -18,6 +19,8 @@ use std::{fs, io};
 use carport_image::pull::Pulled;
 use carport_image::store::{Owner, PinRequest, RecordKind, Records, StoreError};
 use carport_image::{Digest, Reference, Store};
+use rustix::fs::{AtFlags, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
 
 use super::error::{PublishError, StatsError, UnpublishError};
 use super::record::{VolumeRecord, record_name};
@@ -25,7 +28,7 @@ use super::{Condition, Reconciled, TargetPath, VolumeAttributes, VolumeId};
 use crate::crash;
 use crate::fuse::FS_TYPE;
 use crate::mount::{
-    FolderId, ImagePath, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree,
+    Device, FolderId, ImagePath, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree,
 };
 use crate::stream::Shown;
 
@@ -47,6 +50,42 @@ pub(super) enum Standing {
     Published(Box<VolumeRecord>),
     /// It has to be made.
     Open,
+}
+
+/// What a streaming volume's target is.
+#[derive(Debug, Clone)]
+pub(super) enum Mounted {
+    /// A mount of this FUSE file system, alive or dead.
+    Fuse(Arc<Pin>),
+    /// Another mount.
+    Native,
+    /// None.
+    Nothing,
+}
+
+/// Holds a file system, so that its number stays its own: the kernel gives numbers that are free to the
+/// next one at once.
+#[derive(Debug)]
+pub(super) struct Pin {
+    pub(super) device: Device,
+    _root: OwnedFd,
+}
+
+impl Pin {
+    /// Of what is mounted at `target`. Asks no server of files.
+    fn of(target: &Path) -> Result<Option<Self>, MountError> {
+        let error = |e: Errno| MountError::new(format!("look at {}", target.display()), e);
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let root = match rustix::fs::open(target, flags, Mode::empty()) {
+            Ok(root) => root,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            Err(e) => return Err(error(e)),
+        };
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let stat = rustix::fs::statx(&root, "", flags, StatxFlags::TYPE).map_err(error)?;
+        let device = Device { major: stat.stx_dev_major, minor: stat.stx_dev_minor };
+        Ok(Some(Self { device, _root: root }))
+    }
 }
 
 /// Records and mounts.
@@ -148,6 +187,52 @@ impl Disk {
             }
         };
         done().map_err(|error| self.after_failure(wanted, error))
+    }
+
+    /// The volumes that stream, and the FUSE mount that each one is; none where a kernel mount has
+    /// taken its place, or nothing is there.
+    pub(super) fn streaming(&self) -> Result<Vec<(VolumeRecord, Mounted)>, StoreError> {
+        let records = self.list()?.into_iter().filter(|record| record.stream);
+        let look = |record: VolumeRecord| {
+            let mounted = self.mounted(record.target.as_path()).unwrap_or_else(|error| {
+                tracing::warn!(target = %record.target, %error, "cannot look at a volume");
+                Mounted::Nothing
+            });
+            (record, mounted)
+        };
+        Ok(records.map(look).collect())
+    }
+
+    fn mounted(&self, target: &Path) -> Result<Mounted, MountError> {
+        let held = Pin::of(target)?;
+        let Some(mount) = self.mount_at(target)? else { return Ok(Mounted::Nothing) };
+        Ok(match held {
+            Some(pin) if mount.fs_type == FS_TYPE => match Device::mounted_at(target)? {
+                Some(device) if device == pin.device => Mounted::Fuse(Arc::new(pin)),
+                // It has just changed.
+                _ => Mounted::Nothing,
+            },
+            _ if mount.fs_type == FS_TYPE => Mounted::Nothing,
+            _ => Mounted::Native,
+        })
+    }
+
+    /// Where the image's tree is; nothing while it is not complete.
+    pub(super) fn rootfs(&self, digest: &Digest) -> Result<Option<PathBuf>, StoreError> {
+        Ok(self.store.image(digest)?.map(|_| self.store.rootfs(digest)))
+    }
+
+    /// Remembers that a volume does not stream any more. Its turn must be held.
+    pub(super) fn now_native(&self, record: &VolumeRecord) -> Result<(), StoreError> {
+        let name = record_name(&record.volume_id, &record.target);
+        match self.record(&name)? {
+            // Another one by now, or none.
+            Some(mut now) if now.stream && now.digest == record.digest => {
+                now.stream = false;
+                self.records.put(&name, &now)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether a session's mount is to be seen here.

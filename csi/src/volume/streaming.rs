@@ -1,17 +1,15 @@
-//! Volumes that stream: made of a session's mount, and made right as the session goes on.
+//! Publishing an image that arrives: a bind mount of its session's mount.
 //!
 //! ```text
-//! publish ─► session ─► record ─► bind mount ─┬─► complete: kernel mount, the session ends
-//!                                             ├─► unpublished: the session ends with its last volume
-//!                                             └─► session gone, or its pull failed: another one
+//! publish ─► the image is here? ─► session ─► record ─► bind mount
+//!                │                    │ cannot be shown
+//!                └─ as in mode wait ◄─┘
 //! ```
 //!
-//! What is to be done is found out of records and the sessions' report again and again, so that
-//! it does not matter who died when.
+//! What becomes of it as the session goes on is [`super::tend`]'s.
 
-use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use carport_image::Digest;
 use carport_image::pull::{Priority, PullPolicy, PullProgress, PullState};
@@ -21,11 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::disk::Wanted;
 use super::targets::Turn;
-use super::{Condition, Interrupted, Mode, PublishError, StoreError, Volumes, blocking};
-use crate::stream::{Failure, Known, Open, Session, State, Streams, Unopened};
-
-/// How often is looked after what nobody tells of.
-const LOOK: Duration = Duration::from_secs(1);
+use super::{Condition, Interrupted, Mode, PublishError, Volumes, blocking};
+use crate::stream::{Failure, Known, Open, State, Unopened};
 
 /// What became of a publish that would stream.
 pub(super) enum Streamed {
@@ -146,60 +141,5 @@ impl Volumes {
             None => "the process that serves it is gone, and is started again".to_owned(),
         };
         Some(Condition::Abnormal(format!("reads of it are errors: {why}")))
-    }
-
-    /// Keeps streaming volumes right until `stop`: ends sessions that nobody needs any more.
-    pub async fn keep_streams(&self, stop: CancellationToken) {
-        let Some(streams) = &self.streams else { return stop.cancelled().await };
-        let tending = async {
-            let (mut known, mut volumes) = (streams.known(), self.changes());
-            let mut look = tokio::time::interval(LOOK);
-            loop {
-                if let Err(error) = self.tend(streams).await {
-                    tracing::error!(%error, "cannot look after streaming volumes");
-                }
-                tokio::select! {
-                    _ = known.changed() => {}
-                    _ = volumes.changed() => {}
-                    _ = look.tick() => {}
-                }
-            }
-        };
-        tokio::select! {
-            () = streams.follow(&stop) => {}
-            () = tending => {}
-        }
-    }
-
-    /// Does what is to be done now.
-    async fn tend(&self, streams: &Streams) -> Result<(), StoreError> {
-        let known = streams.known().borrow().clone();
-        let Known::Sessions(sessions) = &known else { return Ok(()) };
-        if sessions.is_empty() {
-            return Ok(());
-        }
-        self.end_unused(streams, sessions).await
-    }
-
-    /// Ends sessions that no volume shows.
-    async fn end_unused(&self, streams: &Streams, sessions: &[Session]) -> Result<(), StoreError> {
-        let _alone = self.inner.making.write().await;
-        let records = self.list().await?;
-        let used: HashSet<Digest> =
-            records.iter().filter(|record| record.stream).map(|record| record.digest).collect();
-        streams.forget_but(|digest| used.contains(digest));
-        for session in sessions.iter().filter(|session| session.open) {
-            let Session { shown, state, .. } = session;
-            if used.contains(&shown.digest) && *state != State::Complete {
-                continue;
-            }
-            match streams.end(shown.number).await {
-                Ok(()) => tracing::info!(digest = %shown.digest, "let a session end"),
-                Err(error) => {
-                    tracing::warn!(digest = %shown.digest, %error, "cannot end a session")
-                }
-            }
-        }
-        Ok(())
     }
 }
