@@ -2,7 +2,7 @@
 
     build.py BINARY ARCHIVE VERSION
 
-The image holds the binary, the libraries that `ldd` names for it, what NVIDIA's library needs of the C
+The image holds the binary, the program that mounts through FUSE, the libraries that `ldd` names for them, what NVIDIA's library needs of the C
 library when it is loaded at run time, and CA certificates; all from this machine, which should be
 Debian or Ubuntu. No shell, no package manager.
 
@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -55,11 +56,17 @@ def libraries(binary):
 def content(binary):
     """All files of the image: path -> (bytes, mode)."""
     found, loader = libraries(binary)
+    helper = shutil.which("fusermount3")
+    if not helper:
+        sys.exit("fusermount3: not found; install the package fuse3")
+    found.update(libraries(helper)[0])
     files = {"usr/bin/carport": (binary, 0o755), CERTIFICATES: ("/" + CERTIFICATES, 0o644)}
+    # Mounts streaming volumes; root runs it.
+    files["usr/bin/fusermount3"] = (helper, 0o755)
     files[loader.lstrip("/")] = (loader, 0o755)
     for name, path in found.items():
         files[f"{LIBRARIES}/{name}"] = (path, 0o644)
-    for package in ["libc6", "libgcc-s1", "ca-certificates"]:
+    for package in ["libc6", "libgcc-s1", "ca-certificates", "fuse3"]:
         path = f"usr/share/doc/{package}/copyright"
         if os.path.exists("/" + path):
             files[path] = ("/" + path, 0o644)

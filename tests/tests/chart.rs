@@ -153,6 +153,11 @@ fn paths_of_the_configuration_are_mounted() {
         assert!(mounts.iter().any(|mount| mount["mountPath"] == folder), "{folder}");
     }
     assert_eq!(pod["volumes"].as_array().unwrap().last().unwrap()["name"], "tls");
+    let sessions = pod["containers"][1]["volumeMounts"].as_array().unwrap();
+    for folder in ["/etc/hosts.d", "/data/carport", "/data/run", "/dev", "/srv/models", "/mnt/more"]
+    {
+        assert!(sessions.iter().any(|mount| mount["mountPath"] == folder), "{folder}");
+    }
     assert_eq!(container["ports"][0]["containerPort"], 1234);
     assert_eq!(one(&objects, "Service", "carport")["spec"]["ports"][0]["port"], 1234);
     let ports = &one(&objects, "NetworkPolicy", "carport")["spec"]["ingress"][0]["ports"];
@@ -219,6 +224,7 @@ fn wrong_values_are_refused_by_name() {
         ("config: {stor: {}}", "stor"),
         ("config: {root: data}", "root"),
         ("config: {prepull: {list: /x}}", "prepull"),
+        ("config: {stream: {start: true}}", "stream"),
         ("config: {http: {listen: '0.0.0.0:0'}}", "listen"),
         ("prepull: {images: [{imag: a}]}", "imag"),
         ("networkPolicy: {from: []}", "from"),

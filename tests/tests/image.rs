@@ -106,6 +106,10 @@ fn the_agent_in_the_image_packs_and_pulls() {
     let (rootfs, config) = unpack(dir.path());
     assert_eq!(config["config"]["Cmd"], json!(["carport", "agent"]));
     assert_eq!(config["created"], "2001-09-09T01:46:40Z");
+    let mounts = rootfs.join("usr/bin/fusermount3");
+    assert!(mounts.is_file(), "for streaming volumes");
+    let mut helper = Command::new("chroot");
+    done(helper.arg(&rootfs).args(["/usr/bin/fusermount3", "--version"]));
     let text = inside(&rootfs, &config, &["--version"]).stdout;
     assert_eq!(
         String::from_utf8(text).unwrap(),

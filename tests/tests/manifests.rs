@@ -60,8 +60,13 @@ fn pod() -> Value {
 }
 
 fn agent(pod: &Value) -> &Value {
-    assert_eq!(array(&pod["containers"]).len(), 1);
+    assert_eq!(array(&pod["containers"]).len(), 2);
     named(&pod["containers"], "agent")
+}
+
+/// The container that serves streaming volumes.
+fn sessions(pod: &Value) -> &Value {
+    named(&pod["containers"], "sessions")
 }
 
 /// What `carport agent` makes of the ConfigMap and the DaemonSet's environment.
@@ -160,8 +165,9 @@ fn mounts_reach_the_host_from_the_pods_folder_alone() {
     for mount in array(&agent(&pod)["volumeMounts"]) {
         let expected = match mount["mountPath"].as_str().unwrap() {
             "/var/lib/kubelet/pods" => json!("Bidirectional"),
-            // From the host only, so that what is unmounted there goes here, too.
-            "/run/containerd" | "/var/lib/containerd" => json!("HostToContainer"),
+            // From the host only: what is unmounted there goes here, too, and the sessions' mounts
+            // come.
+            "/run/carport" | "/run/containerd" | "/var/lib/containerd" => json!("HostToContainer"),
             _ => Value::Null,
         };
         assert_eq!(mount["mountPropagation"], expected, "{mount}");
@@ -188,7 +194,9 @@ fn the_agent_has_the_rights_it_needs_and_no_token() {
     });
     assert_eq!(agent(&pod)["securityContext"], expected);
     assert_eq!(pod["hostNetwork"], true);
-    for absent in ["hostPID", "hostIPC", "initContainers"] {
+    // Turns streaming volumes of running pods native, and so must see their processes.
+    assert_eq!(pod["hostPID"], true);
+    for absent in ["hostIPC", "initContainers"] {
         assert_eq!(pod[absent], Value::Null, "{absent}");
     }
     assert_eq!(pod["serviceAccountName"], account["metadata"]["name"]);
@@ -204,6 +212,31 @@ fn the_agent_has_the_rights_it_needs_and_no_token() {
     assert_eq!(binding["subjects"][0]["name"], account["metadata"]["name"]);
     let labels = &base("Namespace")["metadata"]["labels"];
     assert_eq!(labels["pod-security.kubernetes.io/enforce"], "privileged");
+}
+
+#[test]
+fn the_sessions_have_what_the_agent_has_for_pulls_and_their_mounts_reach_it() {
+    let (config, pod) = (config(), pod());
+    let (agent, sessions) = (agent(&pod), sessions(&pod));
+    assert_eq!(config["stream"]["start"], false, "it is a container of its own");
+    assert_eq!(sessions["command"], json!(["carport", "fuse"]));
+    for same in ["image", "imagePullPolicy", "securityContext", "terminationMessagePolicy"] {
+        assert_eq!(sessions[same], agent[same], "{same}");
+    }
+    for variable in array(&sessions["env"]) {
+        assert!(array(&agent["env"]).contains(variable), "{variable}");
+    }
+    let run = Path::new(config["api"]["socket"].as_str().unwrap()).parent().unwrap();
+    for mount in array(&sessions["volumeMounts"]) {
+        if mount["mountPath"].as_str() == run.to_str() {
+            assert_eq!(mount["mountPropagation"], "Bidirectional");
+        } else {
+            assert!(array(&agent["volumeMounts"]).contains(mount), "{mount}");
+        }
+    }
+    for volume in ["config", "registry", "registry-hosts", "containerd", "store", "run", "dev"] {
+        named(&sessions["volumeMounts"], volume);
+    }
 }
 
 #[test]

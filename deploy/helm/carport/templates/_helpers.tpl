@@ -12,7 +12,8 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{/* The agent's configuration file. */}}
 {{- define "carport.config" -}}
 {{- $list := dict "prepull" (dict "list" "/etc/carport/prepull/list.yaml") -}}
-{{ mergeOverwrite (deepCopy .Values.config) $list | toYaml }}
+{{- $sessions := dict "stream" (dict "start" false) -}}
+{{ mergeOverwrite (deepCopy .Values.config) $list $sessions | toYaml }}
 {{- end }}
 
 {{/* The port of IP:PORT. */}}
