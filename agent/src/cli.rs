@@ -449,6 +449,9 @@ pub struct FuseArgs {
     /// End when nothing has streamed for a while.
     #[arg(long)]
     pub until_idle: bool,
+    /// How registries are spoken to.
+    #[command(flatten)]
+    pub registry: RegistryArgs,
 }
 
 impl Global {

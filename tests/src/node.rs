@@ -56,7 +56,7 @@ pub struct Setup {
     /// The agent's configuration file.
     pub config: Option<String>,
     /// A shell script that prepares the mount namespace: `$ROOT` is the store's folder,
-    /// `$KUBELET` the kubelet's. Both are there.
+    /// `$KUBELET` the kubelet's, `$RUN` the sockets'. All are there.
     pub prepare: Option<String>,
 }
 
@@ -142,7 +142,8 @@ impl Node {
     }
 
     fn prepare(&self) {
-        for folder in [self.root(), self.kubelet().join("pods")] {
+        let run = self.folder.path().join("run");
+        for folder in [self.root(), self.kubelet().join("pods"), run] {
             std::fs::create_dir_all(folder).expect("a node's folder");
         }
         if let Some(config) = &self.setup.config {
@@ -166,6 +167,7 @@ impl Node {
             .arg(program)
             .env("ROOT", self.root())
             .env("KUBELET", self.kubelet())
+            .env("RUN", self.folder.path().join("run"))
             .stdin(Stdio::null());
         self.settings(&mut command);
         command
@@ -587,6 +589,15 @@ impl Node {
 pub struct Namespace(Child);
 
 impl Namespace {
+    /// A program of the node in this namespace, to be completed and run.
+    pub fn within(&self, node: &Node, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount=/proc/{}/ns/mnt", self.0.id())).arg(program);
+        command.stdin(Stdio::null());
+        node.settings(&mut command);
+        command
+    }
+
     /// A path as it is seen there.
     pub fn inside(&self, path: &Path) -> PathBuf {
         seen_by(&self.0, path)

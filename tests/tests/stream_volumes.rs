@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use carport_csi::fuse::{self, FS_TYPE};
@@ -65,18 +66,38 @@ fn asked(server: &Scripted, image: &Image) -> u64 {
     requests.filter_map(|request| range_of(&request)).map(|(from, to)| to - from).sum()
 }
 
+/// A program that is killed when dropped.
+struct Running(Child);
+
+impl Running {
+    fn start(mut command: Command) -> Self {
+        Self(command.stdout(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A node on which volumes can stream.
 fn node(test: &str, server: &Scripted) -> Option<Node> {
     configured(test, server, None)
 }
 
 fn configured(test: &str, server: &Scripted, config: Option<&str>) -> Option<Node> {
+    let config = config.map(str::to_owned);
+    set_up(test, Setup { config, ..Setup::plain_http(&[&server.host()]) })
+}
+
+fn set_up(test: &str, setup: Setup) -> Option<Node> {
     if let Err(error) = fuse::check() {
         eprintln!("SKIPPED {test}: {error}");
         return None;
     }
-    let config = config.map(str::to_owned);
-    Node::set_up(binary(), Setup { config, ..Setup::plain_http(&[&server.host()]) })
+    Node::set_up(binary(), setup)
 }
 
 fn name(server: &Scripted) -> String {
@@ -401,4 +422,42 @@ async fn what_is_refused_or_cannot_stream_is_as_in_mode_wait() {
     let filtered = [("image", &*name(&server)), ("mode", "stream"), ("include", "*.json")];
     let error = node.publish_with(&node.pod("filtered"), &filtered).await.unwrap_err();
     assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error}");
+}
+
+/// As in the DaemonSet: mounts come by propagation, and nobody but the kubelet starts it.
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_live_in_a_container_of_their_own_and_are_waited_for_where_it_is_started_again() {
+    let (image, gate) = (image(), Gate::closed_at(OPEN_BYTES));
+    let server = holding_back(&image, &gate).await;
+    let test = "sessions_live_in_a_container_of_their_own";
+    let setup = Setup {
+        config: Some("stream: {start: false}".into()),
+        prepare: Some("mount --bind $RUN $RUN && mount --make-shared $RUN".into()),
+        ..Setup::plain_http(&[&server.host()])
+    };
+    let Some(node) = set_up(test, setup) else { return };
+    let container = node.copied_namespace();
+    let fuse = || {
+        let mut fuse = container.within(&node, binary());
+        fuse.arg("fuse");
+        Running::start(fuse)
+    };
+    let socket = node.socket().with_file_name("stream").join("fuse.sock");
+    let listens = async || std::os::unix::net::UnixStream::connect(&socket).is_ok();
+    let running = fuse();
+    eventually("the container is up", listens).await;
+    let pod = node.pod("first");
+    stream(&node, &pod, &name(&server)).await.unwrap();
+    assert!(read(&node, &pod, "model-3.safetensors").await.unwrap() == shard(3));
+    assert_eq!(fs_type(&node, &pod).as_deref(), Some(FS_TYPE));
+
+    drop(running);
+    assert!(read(&node, &pod, "config.json").await.is_err());
+    eventually("the volume is abnormal", async || condition(&node, &pod).await.is_some()).await;
+    let _running = fuse();
+    let readable = async || read(&node, &pod, "model-3.safetensors").await.is_ok();
+    eventually("there is another session", readable).await;
+    gate.open();
+    eventually("turned native", async || is_native(&node, &pod)).await;
+    assert!(read(&node, &pod, "model-1.safetensors").await.unwrap() == shard(1));
 }

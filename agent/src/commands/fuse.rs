@@ -15,7 +15,8 @@ use super::open_puller;
 use crate::cli::FuseArgs;
 use crate::config::Config;
 
-pub(super) async fn run(config: Config, arguments: &FuseArgs) -> anyhow::Result<()> {
+pub(super) async fn run(mut config: Config, arguments: &FuseArgs) -> anyhow::Result<()> {
+    arguments.registry.apply(&mut config);
     if arguments.until_idle {
         // What is done to the agent's group of processes is not for this one. It fails where that is so already.
         let _ = rustix::process::setsid();
