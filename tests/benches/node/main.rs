@@ -23,6 +23,7 @@ mod pull;
 mod report;
 mod resume;
 mod stream;
+mod swap;
 mod volume;
 
 use report::Report;
@@ -60,6 +61,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("stream") {
         stream::run(carport, &mut report).context("bench of streaming")?;
+    }
+    if wanted("stream_swap") {
+        swap::run(&mut report).context("bench of turning native")?;
     }
     report.table();
     Ok(())
