@@ -25,6 +25,7 @@ use std::path::{Component, Path, PathBuf};
 
 use carport_image::Digest;
 
+mod answer;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
@@ -67,7 +68,7 @@ pub trait Mounter: Send + Sync + fmt::Debug {
     /// stays readable until it is closed. An absent target is fine.
     fn unmount(&self, target: &Path) -> Result<(), MountError>;
 
-    /// What is at `target` now.
+    /// What is at `target` now. Waits for no server of files longer than some seconds.
     fn state(&self, target: &Path) -> Result<TargetState, MountError>;
 
     /// The mounts at `prefix` and below, dead ones included, in the order of mounting, and of
@@ -168,6 +169,12 @@ pub struct Device {
     pub minor: u32,
 }
 
+impl Device {
+    fn of(stat: &rustix::fs::Statx) -> Self {
+        Self { major: stat.stx_dev_major, minor: stat.stx_dev_minor }
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.major, self.minor)
@@ -190,7 +197,7 @@ pub enum TargetState {
         /// Whether this mount refuses writes.
         read_only: bool,
     },
-    /// A mount whose server is gone.
+    /// A mount whose server is gone, or has not answered for seconds.
     Dead,
 }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::fake::FakeMounter;
 use super::{ImagePath, KernelMounter, MountError, MountOptions, Mounter, TargetState, Tree};
@@ -237,5 +238,33 @@ fn a_mount_whose_server_died_is_told_and_taken_away() {
         assert_eq!(KernelMounter.under(&target).unwrap().len(), 1);
         KernelMounter.unmount(&target).unwrap();
         assert_eq!(KernelMounter.state(&target).unwrap(), TargetState::Empty);
+    });
+}
+
+/// At the target itself, and below the tree that it shows.
+#[test]
+fn a_mount_whose_server_never_answers_counts_as_dead_and_is_taken_away() {
+    testing::in_mount_namespace("a_mount_whose_server_never_answers", || {
+        let world = World::new();
+        let (target, shown) = (world.target("mount"), world.target("shown"));
+        let Some(server) = testing::mount_hung_fuse(&target) else { return };
+        let hung = Tree { rootfs: target.clone(), path: None };
+        KernelMounter.mount_tree(&hung, &shown, MountOptions::default()).unwrap();
+        let start = Instant::now();
+        for target in [&target, &shown] {
+            assert_eq!(KernelMounter.state(target).unwrap(), TargetState::Dead);
+        }
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        // And from then on without a wait, nor one more thread that waits.
+        let start = Instant::now();
+        for _ in 0..100 {
+            assert_eq!(KernelMounter.state(&target).unwrap(), TargetState::Dead);
+        }
+        for target in [&target, &shown] {
+            KernelMounter.unmount(target).unwrap();
+            assert_eq!(KernelMounter.state(target).unwrap(), TargetState::Empty);
+        }
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        drop(server);
     });
 }

@@ -18,7 +18,8 @@ use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use super::{
-    FolderId, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree, mountinfo, syscalls,
+    Device, FolderId, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree, answer,
+    mountinfo, syscalls,
 };
 
 /// More mounts on top of each other at one target than this is somebody else's
@@ -114,14 +115,14 @@ impl Mounter for KernelMounter {
         };
         if stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             let id = folder_id(&stat);
-            return match rustix::fs::statvfs(target) {
+            return match answer::statvfs(target, Device::of(&stat)) {
                 Ok(vfs) => {
                     let read_only = vfs.f_flag.contains(StatVfsMountFlags::RDONLY);
                     Ok(TargetState::Mounted { id, read_only })
                 }
-                Err(Errno::NOTCONN | Errno::STALE | Errno::IO | Errno::HOSTDOWN) => {
-                    Ok(TargetState::Dead)
-                }
+                Err(
+                    Errno::NOTCONN | Errno::STALE | Errno::IO | Errno::HOSTDOWN | Errno::TIMEDOUT,
+                ) => Ok(TargetState::Dead),
                 Err(e) => Err(MountError::new(context(), e)),
             };
         }
