@@ -13,6 +13,8 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use serde_json::json;
+
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
 use super::*;
@@ -143,8 +145,10 @@ fn act() {
     let wait = || std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
     match std::env::var(ROLE).as_deref() {
         Ok("pod") => {
-            let (from, to) = (path(FROM), path(TO));
-            rustix::mount::mount_bind(&from, &to).unwrap();
+            let to = path(TO);
+            if let Some(from) = std::env::var_os(FROM) {
+                rustix::mount::mount_bind(Path::new(&from), &to).unwrap();
+            }
             println!("said {}", hammer(&to, wait));
         }
         Ok("server") => {
@@ -276,6 +280,79 @@ fn running_pods_are_turned_and_notice_nothing() {
         assert_native(&host, &a, "");
         ended(&session);
         freed(device);
+    });
+}
+
+/// A container of the runtime that most nodes have, as containerd starts it.
+fn container(name: &str, host: &Host, target: &Path, options: &str, user_namespace: bool) -> Actor {
+    let bundle = host.rootfs.parent().unwrap().join(name);
+    let root = bundle.join("root");
+    for folder in ["dev", "proc", "usr", "models"] {
+        fs::create_dir_all(root.join(folder)).unwrap();
+    }
+    fs::write(root.join("actor"), "").unwrap();
+    for (link, folder) in [("bin", "usr/bin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")] {
+        std::os::unix::fs::symlink(folder, root.join(link)).unwrap();
+    }
+    let bind = |from: &Path, to: &str, options: &[&str]| json!({"type": "bind", "source": from, "destination": to, "options": options});
+    let exe = std::env::current_exe().unwrap();
+    let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "pid"})];
+    let mut ids = json!([]);
+    if user_namespace {
+        namespaces.push(json!({"type": "user"}));
+        ids = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+    }
+    let config = json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "args": ["/actor", "--exact", "mount::native::tests::act", "--nocapture"],
+            "env": [format!("{ROLE}=pod"), format!("{TO}=/models")],
+            "cwd": "/",
+            "user": {"uid": 0, "gid": 0},
+        },
+        "root": {"path": root, "readonly": true},
+        "mounts": [
+            {"type": "proc", "source": "proc", "destination": "/proc"},
+            {"type": "tmpfs", "source": "tmpfs", "destination": "/dev", "options": ["mode=755"]},
+            bind(Path::new("/usr"), "/usr", &["rbind", "ro"]),
+            bind(&exe, "/actor", &["bind", "ro"]),
+            bind(target, "/models", &["rbind", "ro", "nosuid", "nodev", options]),
+        ],
+        "linux": {"namespaces": namespaces, "uidMappings": ids, "gidMappings": ids},
+    });
+    fs::write(bundle.join("config.json"), config.to_string()).unwrap();
+    let id = format!("carport-test-{}-{name}", std::process::id());
+    let mut runc = Command::new("runc");
+    runc.args(["--root", bundle.join("state").to_str().unwrap(), "run", "-b"]);
+    runc.arg(&bundle).arg(id).stdin(Stdio::piped()).stdout(Stdio::piped());
+    Actor::start(&mut runc)
+}
+
+#[test]
+fn containers_are_turned_also_with_users_of_their_own() {
+    on_a_host("containers_are_turned", || {
+        if !Command::new("runc").arg("--version").output().is_ok_and(|it| it.status.success()) {
+            println!("containers_are_turned: skipped: runc is not installed");
+            return;
+        }
+        let host = Host::new();
+        let folder = host.rootfs.parent().unwrap();
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+        let session = host.serve();
+        let a = host.publish("a", "");
+        let containers = [
+            container("private", &host, &a, "rprivate", false),
+            container("slave", &host, &a, "rslave", false),
+            container("users", &host, &a, "rprivate", true),
+        ];
+        let turned = turn(host.device(), &host.rootfs).unwrap();
+        assert!(turned.remaining.is_empty(), "{turned:?}");
+        let inside = turned.turned.iter().filter(|mount| mount.target == Path::new("/models"));
+        assert_eq!(inside.count(), 3, "{turned:?}");
+        for container in containers {
+            assert_eq!(container.end(), NOTHING_NOTICED);
+        }
+        ended(&session);
     });
 }
 
