@@ -2,7 +2,8 @@
 //!
 //! A [`Mounter`] shows a [`Tree`] of the store at a target path, takes it away
 //! again, and tells what is at a path. Every implementation passes the same
-//! conformance suite; the one that counts is [`KernelMounter`].
+//! conformance suite; the one that counts is [`KernelMounter`]. Mounts that FUSE serves are
+//! turned into the kernel's under running pods by [`native`].
 //!
 //! ```text
 //!            ┌────────── unmount ───────────┐

@@ -374,6 +374,73 @@ fn ten_publishes_make_one_mount_and_one_unpublish_takes_it() {
     });
 }
 
+/// Its id is the PersistentVolume's handle, the same for every pod, and it may say what it likes of
+/// readers and writers.
+#[test]
+fn pods_share_a_persistent_volume_in_every_access_mode() {
+    testing::in_mount_namespace_async("pods_share_a_persistent_volume", || async {
+        let world = World::new(None);
+        let image = world.pack("v1", &[("weights", "weights")]).await;
+        let node = Node::start(&world);
+        let modes = [
+            (Mode::MultiNodeReaderOnly, true),
+            (Mode::SingleNodeReaderOnly, true),
+            (Mode::MultiNodeMultiWriter, false),
+        ];
+        let mut targets = Vec::new();
+        for (n, (mode, readonly)) in modes.into_iter().enumerate() {
+            let target = world.target(&format!("pod-{n}"));
+            let mut request = request("models-pv", &target, &image);
+            request.volume_capability.as_mut().unwrap().access_mode =
+                Some(AccessMode { mode: mode.into() });
+            request.readonly = readonly;
+            request.volume_context.remove("csi.storage.k8s.io/ephemeral");
+            node.publish(request).await.unwrap();
+            let denied = fs::write(target.join("weights"), "changed").unwrap_err();
+            assert_eq!(denied.kind(), ErrorKind::ReadOnlyFilesystem, "{mode:?}");
+            targets.push(target);
+        }
+        while let Some(target) = targets.pop() {
+            node.unpublish("models-pv", &target).await.unwrap();
+            assert!(!target.exists());
+            for left in &targets {
+                let stats = node.stats("models-pv", &text(left)).await.unwrap();
+                assert!(!stats.volume_condition.unwrap().abnormal);
+            }
+        }
+        node.stop().await;
+    });
+}
+
+/// It looks through the folder of sockets again, and at each volume of each pod.
+#[test]
+fn a_kubelet_that_restarts_registers_and_publishes_again() {
+    testing::in_mount_namespace_async("a_kubelet_that_restarts", || async {
+        let world = World::new(None);
+        let image = world.pack("v1", &[("weights", "weights")]).await;
+        let node = Node::start(&world);
+        let socket = wait_for(node.config.registration().unwrap()).await;
+        let target = world.target("a");
+        for _ in 0..3 {
+            let mut kubelet = RegistrationClient::new(connect(&socket).await.unwrap());
+            kubelet.get_info(InfoRequest {}).await.unwrap();
+            node.node().await.node_get_info(NodeGetInfoRequest {}).await.unwrap();
+            let status = RegistrationStatus { plugin_registered: true, error: String::new() };
+            kubelet.notify_registration_status(status).await.unwrap();
+            assert_eq!(*node.registration.borrow(), RegistrationState::Registered);
+            for _ in 0..4 {
+                let request = NodeGetCapabilitiesRequest {};
+                node.node().await.node_get_capabilities(request).await.unwrap();
+            }
+            node.publish(request("csi-a", &target, &image)).await.unwrap();
+            let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            assert_eq!(mounts.matches(&text(&target)).count(), 1);
+        }
+        node.unpublish("csi-a", &target).await.unwrap();
+        node.stop().await;
+    });
+}
+
 #[test]
 fn a_dead_mount_is_reported_and_published_over() {
     testing::in_mount_namespace_async("a_dead_mount_is_reported", || async {
