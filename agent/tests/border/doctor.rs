@@ -1,7 +1,8 @@
 //! `carport doctor` from outside: what it finds, and its exit status.
 
-use std::process::Output;
+use std::process::{Command, Output};
 
+use fake_nvml::{FakeNvml, Scenario};
 use serde_json::Value;
 
 use crate::support::{Home, is_root, stderr, stdout};
@@ -21,6 +22,18 @@ impl Report {
 
     fn run(home: &Home, arguments: &[&str]) -> Self {
         Self::of(&home.run(&[&["doctor", "-o", "json"], arguments].concat()))
+    }
+
+    /// In a mount namespace of its own, after a shell script, with words before the program.
+    fn within(home: &Home, script: &str, before: &[&str]) -> Self {
+        let carport = home.command(&[]);
+        let script = format!("set -eu\n{script}\nexec \"$@\" doctor -o json");
+        let mut command = Command::new("unshare");
+        // Private: what is mounted in it is seen nowhere else.
+        command.args(["--mount", "sh", "-c", &script, "sh"]).args(before);
+        command.arg(carport.get_program()).env_clear();
+        command.envs(carport.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        Self::of(&command.output().unwrap())
     }
 
     fn all(&self, name: &str) -> Vec<(String, String)> {
@@ -44,6 +57,14 @@ impl Report {
         let (found, message) = self.one(name);
         assert!(found == level && message.contains(part), "{name}: {found}: {message}");
     }
+}
+
+fn may_mount() -> bool {
+    let may = is_root() && std::path::Path::new("/usr/bin/unshare").exists();
+    if !may {
+        eprintln!("SKIPPED: mounts need root and unshare");
+    }
+    may
 }
 
 fn configure(home: &Home, text: &str) {
@@ -173,8 +194,7 @@ fn a_configuration_that_makes_no_sense_fails() {
 
 #[test]
 fn the_kubelets_folders_and_their_propagation_are_looked_at() {
-    if !is_root() || !std::path::Path::new("/usr/bin/unshare").exists() {
-        eprintln!("SKIPPED: mount propagation needs root and unshare");
+    if !may_mount() {
         return;
     }
     let home = Home::new();
@@ -185,23 +205,130 @@ fn the_kubelets_folders_and_their_propagation_are_looked_at() {
         std::fs::create_dir_all(kubelet.join(folder)).unwrap();
     }
     for (propagation, level) in [("private", "fail"), ("shared", "ok")] {
-        let script = format!(
-            r#"set -eu
-            mount --bind "$2/pods" "$2/pods" && mount --make-{propagation} "$2/pods"
-            "$1" doctor -o json || true"#
+        let prepared = format!(
+            r#"mount --bind "$HOME/kubelet/pods" "$HOME/kubelet/pods"
+            mount --make-{propagation} "$HOME/kubelet/pods""#
         );
-        let carport = home.command(&[]);
-        let mut command = std::process::Command::new("unshare");
-        // A namespace of its own, private: what is mounted in it is seen nowhere else.
-        command.args(["--mount", "sh", "-c", &script, "sh"]);
-        command.arg(carport.get_program()).arg(&kubelet).env_clear();
-        command.envs(carport.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        let output = command.output().unwrap();
-        let report: Value = serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|error| panic!("{error}: {}", stderr(&output)));
-        let report = Report(report);
+        let report = Report::within(&home, &prepared, &[]);
         report.is("propagation", level, "pods");
         report.is("mounts", "ok", "Linux");
         report.is("csi", "ok", "no agent runs");
     }
+}
+
+#[test]
+fn a_disk_that_is_full_small_or_not_to_be_written_is_told() {
+    if !may_mount() {
+        return;
+    }
+    let home = Home::new();
+    configure(&home, "csi: {enabled: false}\nstore: {quota: 100MiB}\n");
+    home.json(&["pull", &home.image("a", &[("config.json", "{}")])]);
+    let small = r#"mkdir "$HOME/small" && mount -t tmpfs -o size=8m tmpfs "$HOME/small"
+        cp -a "$HOME/store" "$HOME/small" && export CARPORT_ROOT="$HOME/small/store""#;
+    let small = format!("{small}\n");
+    let report = Report::within(&home, &small, &[]);
+    report.is("disk", "warn", "store.quota is 100.0 MiB, the disk has 8.0 MiB");
+    report.is("store", "ok", "1 images");
+
+    std::fs::remove_dir(home.path("small")).unwrap();
+    configure(&home, "csi: {enabled: false}\n");
+    let full = small.clone() + r#"head -c 8100000 /dev/zero >"$HOME/small/fill""#;
+    Report::within(&home, &full, &[]).is("disk", "warn", "free of 8.0 MiB");
+
+    std::fs::remove_dir(home.path("small")).unwrap();
+    let read_only = r#"mount --bind "$HOME/store" "$HOME/store"
+        mount -o remount,bind,ro "$HOME/store""#;
+    let report = Report::within(&home, read_only, &[]);
+    report.is("store", "fail", "Read-only file system");
+    let absent = r#"export CARPORT_ROOT="$HOME/store/below""#;
+    let report = Report::within(&home, &format!("{read_only}\n{absent}"), &[]);
+    report.is("store", "fail", "cannot be written");
+}
+
+#[test]
+fn rights_and_devices_that_are_missing_are_told() {
+    if !may_mount() {
+        return;
+    }
+    let home = Home::new();
+    let kubelet = home.path("kubelet");
+    for folder in ["pods", "plugins_registry"] {
+        std::fs::create_dir_all(kubelet.join(folder)).unwrap();
+    }
+    configure(&home, &format!("csi: {{enabled: true, kubeletDir: {}}}\n", kubelet.display()));
+    // As in a container that is not privileged.
+    let bare = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"];
+    let report = Report::within(&home, "", &bare);
+    report.is("mounts", "fail", "not permitted; run the agent as root with CAP_SYS_ADMIN");
+
+    let no_device = "mount -t tmpfs tmpfs /dev";
+    Report::within(&home, no_device, &[]).is("fuse", "warn", "/dev/fuse: No such file");
+    let no_helper = r#"export PATH="$HOME""#;
+    Report::within(&home, no_helper, &[]).is("fuse", "warn", "fusermount3 is not in PATH");
+}
+
+#[test]
+fn somebody_else_at_the_sockets_or_the_port_is_told() {
+    let home = Home::new();
+    let kubelet = home.path("kubelet");
+    for folder in ["pods", "plugins_registry", "plugins/csi.carport.dev"] {
+        std::fs::create_dir_all(kubelet.join(folder)).unwrap();
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap();
+    let text = format!(
+        "csi: {{enabled: true, kubeletDir: {}, layoutFolders: [{}]}}\n\
+         http: {{listen: '{port}'}}\ngpu: {{enabled: false}}\n",
+        kubelet.display(),
+        home.path("layouts").display()
+    );
+    std::fs::write(home.path("config.yaml"), text).unwrap();
+    let socket = kubelet.join("plugins/csi.carport.dev/csi.sock");
+    let _other = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let report = Report::run(&home, &[]);
+    // This process, which is no carport.
+    report.is("csi", "fail", "is served by border");
+    report.is("http", "fail", &port.to_string());
+    report.is("layouts", "warn", "no such folder");
+
+    // An agent that serves no volumes, where some are wanted.
+    std::fs::remove_file(&socket).unwrap();
+    let _agent = home.agent(&[]);
+    let report = Report::run(&home, &[]);
+    report.is("csi", "fail", "an agent runs, and does not serve");
+    report.is("registration", "fail", "an agent runs, and does not serve");
+    assert!(report.0.to_string().contains("csi.enabled: false"));
+}
+
+#[test]
+fn the_state_of_the_gpus_decides_how_bad_it_is() {
+    // NVML's numbers: not permitted, driver not loaded, library of another version.
+    for (code, level) in [(4, "fail"), (9, "warn"), (18, "fail")] {
+        let home = Home::new();
+        let fake = FakeNvml::new(&Scenario::h100s(1).failing("nvmlInit_v2", code));
+        let text = format!(
+            "csi: {{enabled: false}}\nhttp: {{listen: '127.0.0.1:0'}}\ngpu: {{library: {}}}\n",
+            fake.library().display()
+        );
+        std::fs::write(home.path("config.yaml"), text).unwrap();
+        Report::run(&home, &[]).is("gpus", level, "");
+    }
+    let home = Home::new();
+    let fake = FakeNvml::new(&Scenario::h100s(2));
+    let text = format!("csi: {{enabled: false}}\ngpu: {{library: {}}}\n", fake.library().display());
+    std::fs::write(home.path("config.yaml"), text).unwrap();
+    Report::run(&home, &[]).is("gpus", "ok", "2 through NVML, driver ");
+}
+
+#[test]
+fn credentials_that_are_no_json_are_told() {
+    let home = Home::new();
+    let login = home.path("login.json");
+    std::fs::write(&login, "{auths").unwrap();
+    configure(
+        &home,
+        &format!("csi: {{enabled: false}}\nregistries: {{dockerConfig: {}}}\n", login.display()),
+    );
+    Report::run(&home, &[]).is("credentials", "fail", "is not JSON");
 }

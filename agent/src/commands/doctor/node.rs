@@ -32,13 +32,14 @@ pub(super) fn kernel(config: &Config) -> Vec<Check> {
             format!("Linux {release}: {error}"),
             "use Linux 5.12 or newer, as root with CAP_SYS_ADMIN: in Kubernetes a privileged container",
         )),
-        Err(_) if !root => checks.push(fuse()),
+        Err(_) if !root => {}
         Err(error) => checks.push(Check::warn(
             "mounts",
             format!("Linux {release}: {error}"),
             "only `carport mount` wants it here, since csi.enabled is false",
         )),
     }
+    checks.push(fuse(root));
     checks.push(match page_cache::try_kernel() {
         Ok(()) => Check::ok("cachestat", "the kernel tells what is in the page cache"),
         Err(error) => Check::warn(
@@ -50,24 +51,28 @@ pub(super) fn kernel(config: &Config) -> Vec<Check> {
     checks
 }
 
-/// What an ordinary user mounts with.
-fn fuse() -> Check {
+/// What ordinary users mount with, and everybody who streams.
+fn fuse(root: bool) -> Check {
     let device = File::options().read(true).write(true).open("/dev/fuse");
     let path = std::env::var_os("PATH").unwrap_or_default();
     let helper = std::env::split_paths(&path).any(|folder| folder.join("fusermount3").exists());
+    let what = match root {
+        true => "`carport mount --stream`",
+        false => "`carport mount`",
+    };
     match (device, helper) {
         (Ok(_), true) => {
-            Check::ok("fuse", "/dev/fuse and fusermount3 are there for `carport mount`")
+            Check::ok("fuse", format!("/dev/fuse and fusermount3 are there for {what}"))
         }
         (Err(error), _) => Check::warn(
             "fuse",
             format!("/dev/fuse: {error}"),
-            "`carport mount` does not work for this user; load the kernel module fuse",
+            format!("{what} does not work for this user; load the kernel module fuse"),
         ),
         (Ok(_), false) => Check::warn(
             "fuse",
             "fusermount3 is not in PATH",
-            "`carport mount` does not work for this user; install the package fuse3",
+            format!("{what} does not work for this user; install the package fuse3"),
         ),
     }
 }
