@@ -3,7 +3,7 @@
 //! Written after <https://kubernetes.io/docs/concepts/security/pod-security-standards/>, with the defaults that the
 //! API server would fill in: what a container does not say, it has from its pod.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// What the standard allows of volumes.
 const VOLUMES: [&str; 8] = [
@@ -31,6 +31,37 @@ const SYSCTLS: [&str; 10] = [
     "net.ipv4.tcp_keepalive_intvl",
     "net.ipv4.tcp_keepalive_probes",
 ];
+
+/// What KServe has beside the fields of a pod.
+const OF_KSERVE: [&str; 4] = ["minReplicas", "maxReplicas", "model", "timeout"];
+/// And beside those of a container.
+const OF_MODEL: [&str; 4] = ["modelFormat", "runtime", "storageUri", "protocolVersion"];
+
+/// The `spec` of the pod that an object is or makes; nothing where it makes none.
+pub fn pod_of(object: &Value) -> Option<Value> {
+    match object["kind"].as_str()? {
+        "Pod" => Some(object["spec"].clone()),
+        "Deployment" | "DaemonSet" => Some(object["spec"]["template"]["spec"].clone()),
+        "InferenceService" => Some(predictor(&object["spec"]["predictor"])),
+        _ => None,
+    }
+}
+
+/// KServe takes a pod's fields as they are. Where a runtime brings the container, the model's settings are laid
+/// over it.
+fn predictor(predictor: &Value) -> Value {
+    let mut pod = predictor.clone();
+    if let (Some(fields), Some(model)) = (pod.as_object_mut(), predictor["model"].as_object()) {
+        let mut container = model.clone();
+        container.retain(|name, _| !OF_MODEL.contains(&name.as_str()));
+        container.insert("name".into(), json!("kserve-container"));
+        fields.insert("containers".into(), json!([container]));
+    }
+    if let Some(fields) = pod.as_object_mut() {
+        fields.retain(|name, _| !OF_KSERVE.contains(&name.as_str()));
+    }
+    pod
+}
 
 /// What a namespace that enforces `restricted` would refuse in this pod; nothing where it is admitted.
 pub fn violations(pod: &Value) -> Vec<String> {
@@ -134,7 +165,6 @@ fn of_container(name: &str, container: &Value, of_pod: &Value) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn good() -> Value {
         json!({

@@ -3,6 +3,7 @@
 
 use carport_tests::api_reference::{files, markdown, numbers};
 use carport_tests::carport::workspace;
+use prost_types::{DescriptorProto, EnumDescriptorProto};
 
 /// With `CARPORT_WRITE_API_REFERENCE` it is written instead: `make api-reference`.
 #[test]
@@ -44,10 +45,8 @@ fn every_call_message_and_value_has_a_section_or_a_word() {
             assert!(!row.ends_with("|  |"), "{row}");
             calls += 1;
         }
-        for name in file.message_type.iter().map(|message| message.name()) {
-            assert!(text.contains(&format!("\n### {name}\n")), "{name}");
-        }
-        for name in file.enum_type.iter().map(|names| names.name()) {
+        let messages = file.message_type.iter().map(DescriptorProto::name);
+        for name in messages.chain(file.enum_type.iter().map(EnumDescriptorProto::name)) {
             assert!(text.contains(&format!("\n### {name}\n")), "{name}");
         }
     }

@@ -11,7 +11,7 @@ use std::process::Command;
 use carport_agent::prepull::List;
 use carport_csi::volume::VolumeAttributes;
 use carport_tests::carport::{binary, workspace};
-use carport_tests::pod_security::violations;
+use carport_tests::pod_security::{pod_of, violations};
 use serde_json::{Value, json};
 
 fn deploy(path: &str) -> PathBuf {
@@ -328,24 +328,15 @@ fn examples() -> Vec<(String, Value)> {
     found
 }
 
-/// The pod that an object is or makes.
-fn pod_of(object: &Value) -> Option<&Value> {
-    match object["kind"].as_str()? {
-        "Pod" => Some(&object["spec"]),
-        "Deployment" => Some(&object["spec"]["template"]["spec"]),
-        "InferenceService" => Some(&object["spec"]["predictor"]),
-        _ => None,
-    }
-}
-
 #[test]
 fn the_driver_takes_the_volumes_of_the_examples() {
     let driver = base("CSIDriver")["metadata"]["name"].clone();
     let mut seen = 0;
     for (file, object) in examples() {
-        let of_pod = pod_of(&object).map(|pod| array(&pod["volumes"])).unwrap_or_default();
+        let pod = pod_of(&object).unwrap_or_default();
         let of_pv = [object["spec"].clone()];
-        let volumes = if object["kind"] == "PersistentVolume" { &of_pv } else { of_pod };
+        let is_pv = object["kind"] == "PersistentVolume";
+        let volumes = if is_pv { &of_pv } else { array(&pod["volumes"]) };
         for csi in volumes.iter().filter_map(|volume| volume.get("csi")) {
             assert_eq!(csi["driver"], driver, "{file}");
             assert_eq!(csi["readOnly"], true, "{file}: SELinux hosts need it said");
@@ -357,31 +348,40 @@ fn the_driver_takes_the_volumes_of_the_examples() {
             seen += 1;
         }
     }
-    assert_eq!(seen, 7, "inline, persistent, vLLM, KServe, LoRA (3)");
+    assert_eq!(seen, 8, "inline, persistent, vLLM, KServe (2), LoRA (3)");
 }
 
 #[test]
 fn a_claim_finds_its_volume() {
     let examples = examples();
-    let one = |kind: &str| {
-        let mut found = examples.iter().map(|(_, object)| object).filter(|o| o["kind"] == kind);
-        found.next().unwrap_or_else(|| panic!("no {kind}"))
+    let all = |kind: &'static str| {
+        examples.iter().map(|(_, object)| object).filter(move |object| object["kind"] == kind)
     };
-    let (volume, claim) = (one("PersistentVolume"), one("PersistentVolumeClaim"));
-    assert_eq!(claim["spec"]["volumeName"], volume["metadata"]["name"]);
-    for key in ["name", "namespace"] {
-        assert_eq!(volume["spec"]["claimRef"][key], claim["metadata"][key]);
+    let mut seen = 0;
+    for claim in all("PersistentVolumeClaim") {
+        let name = &claim["metadata"]["name"];
+        let volume = all("PersistentVolume")
+            .find(|volume| volume["metadata"]["name"] == claim["spec"]["volumeName"])
+            .unwrap_or_else(|| panic!("{name}"));
+        for key in ["name", "namespace"] {
+            assert_eq!(volume["spec"]["claimRef"][key], claim["metadata"][key]);
+        }
+        for key in ["accessModes", "storageClassName"] {
+            assert_eq!(volume["spec"][key], claim["spec"][key]);
+        }
+        assert_eq!(claim["spec"]["resources"]["requests"], volume["spec"]["capacity"]);
+        let uri = format!("pvc://{}", name.as_str().unwrap());
+        let claimed = examples.iter().any(|(_, object)| {
+            let pod = pod_of(object).unwrap_or_default();
+            object["spec"]["predictor"]["model"]["storageUri"] == *uri
+                || array(&pod["volumes"])
+                    .iter()
+                    .any(|volume| volume["persistentVolumeClaim"]["claimName"] == *name)
+        });
+        assert!(claimed, "{name}: somebody shows how");
+        seen += 1;
     }
-    for key in ["accessModes", "storageClassName"] {
-        assert_eq!(volume["spec"][key], claim["spec"][key]);
-    }
-    assert_eq!(claim["spec"]["resources"]["requests"], volume["spec"]["capacity"]);
-    let claimed = examples.iter().filter_map(|(_, object)| pod_of(object)).any(|pod| {
-        let claims =
-            array(&pod["volumes"]).iter().map(|v| &v["persistentVolumeClaim"]["claimName"]);
-        claims.into_iter().any(|name| *name == claim["metadata"]["name"])
-    });
-    assert!(claimed, "a pod shows how");
+    assert_eq!(seen, 2);
 }
 
 #[test]
@@ -389,7 +389,7 @@ fn pods_of_the_examples_are_restricted() {
     let mut seen = 0;
     for (file, object) in examples() {
         let Some(pod) = pod_of(&object) else { continue };
-        assert_eq!(violations(pod), Vec::<String>::new(), "{file}");
+        assert_eq!(violations(&pod), Vec::<String>::new(), "{file}");
         seen += 1;
     }
     assert!(seen >= 5, "{seen}");

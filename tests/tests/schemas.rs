@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 
 use carport_tests::carport::workspace;
-use carport_tests::pod_security::violations;
+use carport_tests::pod_security::{pod_of, violations};
 use carport_tests::registry::installed;
 use carport_tests::{helm, kustomize};
 use serde_json::{Value, json};
@@ -18,8 +18,6 @@ use serde_json::{Value, json};
 const VERSIONS: [&str; 2] = ["1.25", "1.37"];
 /// Of operators: Kubernetes has no schemas of them.
 const FOREIGN: [&str; 4] = ["InferenceService", "PodMonitor", "ServiceMonitor", "PrometheusRule"];
-/// What KServe adds to the fields of a pod.
-const OF_KSERVE: [&str; 5] = ["minReplicas", "maxReplicas", "model", "timeout", "scaleTarget"];
 
 /// What the validator says against these objects, line by line.
 fn complaints(version: &str, objects: &[Value]) -> Vec<String> {
@@ -98,20 +96,8 @@ fn everything() -> Vec<(String, Vec<Value>)> {
     found
 }
 
-/// What KServe makes a pod of.
-fn predictor(service: &Value) -> Value {
-    let mut pod = service["spec"]["predictor"].clone();
-    let fields = pod.as_object_mut().unwrap();
-    fields.retain(|name, _| !OF_KSERVE.contains(&name.as_str()));
-    // A runtime brings the container; the model's settings are merged into it.
-    fields.entry("containers").or_insert_with(|| {
-        let mut container = service["spec"]["predictor"]["model"].clone();
-        let of_model = ["modelFormat", "runtime", "storageUri", "protocolVersion"];
-        container.as_object_mut().unwrap().retain(|name, _| !of_model.contains(&name.as_str()));
-        container["name"] = json!("kserve-container");
-        json!([container])
-    });
-    json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "predictor"}, "spec": pod})
+fn pod(spec: Value) -> Value {
+    json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec})
 }
 
 #[test]
@@ -124,7 +110,7 @@ fn kubernetes_takes_every_object() {
         for (source, objects) in everything() {
             let of_operators = |object: &Value| FOREIGN.iter().any(|kind| object["kind"] == *kind);
             let pods = objects.iter().filter(|object| object["kind"] == "InferenceService");
-            let pods: Vec<Value> = pods.map(predictor).collect();
+            let pods: Vec<Value> = pods.filter_map(pod_of).map(pod).collect();
             let known = objects.into_iter().filter(|object| !of_operators(object));
             let known: Vec<Value> = known.chain(pods).collect();
             let said = complaints(version, &known);
@@ -142,10 +128,7 @@ fn a_slip_is_told() {
         return;
     }
     for (field, value) in [("hostNetwork", json!("yes")), ("hostNetwrok", json!(true))] {
-        let mut pod = json!({
-            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"},
-            "spec": {"containers": [{"name": "c", "image": "i"}]},
-        });
+        let mut pod = pod(json!({"containers": [{"name": "c", "image": "i"}]}));
         assert_eq!(complaints("1.37", &[pod.clone()]), Vec::<String>::new());
         pod["spec"][field] = value;
         let said = complaints("1.37", &[pod]);
