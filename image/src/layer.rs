@@ -46,10 +46,12 @@ use crate::store::{Ingest, LayerRecord, StoreError};
 
 mod back;
 mod file;
+mod frames;
 mod front;
 mod inflate;
 mod landing;
 mod listing;
+mod packed;
 mod plan;
 mod ranges;
 mod sift;
@@ -58,13 +60,16 @@ mod unpack;
 
 use back::Unpacking;
 pub(crate) use file::{Buffer, FileReader};
+pub(crate) use frames::{Contents, Frame, MAX_FRAME_BYTES, Promised};
 use front::{Front, Marks, Step};
-pub(crate) use landing::{End, Landing, Piece, Verifier};
-pub(crate) use listing::{Lister, Listing};
+pub(crate) use landing::{End, Landing, Piece, Unlanded, Verifier};
+pub(crate) use listing::{JUMP_BYTES, Lister, Listing};
+pub(crate) use packed::PackedLister;
 pub(crate) use plan::{Local, Plan, Told, overlaps};
 pub(crate) use ranges::Ranges;
 pub(crate) use sift::{Sifted, Wanted, sift};
 pub(crate) use tar::clean_path;
+pub(crate) use unpack::is_estargz;
 use unpack::{Progress, Unpacker};
 
 /// Bytes between two checkpoints: what a crash costs at most, beside what is on the wire. Each

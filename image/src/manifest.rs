@@ -132,6 +132,9 @@ pub struct Layer {
     pub compression: Compression,
     /// What is in them.
     pub content: Content,
+    /// The digest of its table of contents, where the manifest says one: of zstd:chunked over the
+    /// table as it travels, of eStargz over its JSON.
+    pub toc: Option<Digest>,
 }
 
 impl Layer {

@@ -48,6 +48,7 @@ mod run;
 mod skip;
 mod slots;
 mod stream;
+mod toc;
 mod verify;
 
 pub use access::{AccessCheck, RegistryAway};

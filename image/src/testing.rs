@@ -58,6 +58,91 @@ pub(crate) fn compress(bytes: &[u8], compression: Compression) -> Vec<u8> {
     }
 }
 
+/// `bytes` as a frame that decoders pass over.
+pub(crate) fn skippable(bytes: &[u8]) -> Vec<u8> {
+    let mut frame = 0x184D_2A50_u32.to_le_bytes().to_vec();
+    frame.extend((bytes.len() as u32).to_le_bytes());
+    frame.extend(bytes);
+    frame
+}
+
+/// A tar, and the zstd:chunked or eStargz of it with chunks of `chunk` bytes, whose table of contents
+/// `edit` may falsify.
+pub(crate) fn chunked(
+    entries: &[Entry<'_>],
+    (compression, chunk): (Compression, usize),
+    edit: &dyn Fn(&mut Value),
+) -> (Vec<u8>, Vec<u8>) {
+    let estargz = compression == Compression::Gzip;
+    let mut tar = tar(entries);
+    if estargz {
+        // The table comes before the end.
+        tar.truncate(tar.len() - 1024);
+    }
+    let (mut blob, mut between, mut at, mut listed) = (Vec::new(), Vec::new(), 0, Vec::new());
+    for entry in entries {
+        let (name, kind, link, content, mode): (_, _, _, &[u8], _) = match entry {
+            Entry::Dir(name) => (name, "dir", "", b"", 0o755),
+            Entry::File(name, content) => (name, "reg", "", content, 0o644),
+            Entry::Exec(name, content) => (name, "reg", "", content, 0o755),
+            Entry::Symlink(name, target) => (name, "symlink", *target, b"", 0o777),
+            Entry::Hardlink(name, target) => (name, "hardlink", *target, b"", 0o644),
+        };
+        let begins = at + 512;
+        between.extend(&tar[at..begins]);
+        let first = listed.len();
+        listed.push(json!({"type": kind, "name": name, "linkName": link, "mode": mode,
+            "size": content.len(), "digest": Digest::of(content)}));
+        for (n, part) in content.chunks(chunk).enumerate() {
+            if !between.is_empty() {
+                blob.extend(compress(&std::mem::take(&mut between), compression));
+            }
+            let place = json!({"offset": blob.len(), "chunkOffset": n * chunk,
+                "chunkSize": part.len(), "chunkDigest": Digest::of(part)});
+            if n > 0 {
+                listed.push(json!({"type": "chunk", "name": name}));
+            }
+            let entry = listed.last_mut().unwrap().as_object_mut().unwrap();
+            entry.extend(place.as_object().unwrap().clone());
+            match estargz {
+                // What follows the last chunk shares its member.
+                true => between.extend(part),
+                false => blob.extend(compress(part, compression)),
+            }
+        }
+        if !estargz && !content.is_empty() {
+            listed[first]["endOffset"] = json!(blob.len());
+        }
+        let end = begins + content.len();
+        at = end.next_multiple_of(512);
+        between.extend(&tar[end..at]);
+    }
+    between.extend(&tar[at..]);
+    blob.extend(compress(&between, compression));
+    let mut toc = json!({"version": 1, "entries": listed});
+    edit(&mut toc);
+    let text = toc.to_string();
+    let start = blob.len() as u64;
+    if estargz {
+        let table = self::tar(&[Entry::File("stargz.index.json", text.as_bytes())]);
+        blob.extend(compress(&table, compression));
+        tar.extend(table);
+        blob.extend([0x1f, 0x8b, 8, 4, 0, 0, 0, 0, 0, 255, 26, 0, b'S', b'G', 22, 0]);
+        blob.extend(format!("{start:016x}STARGZ").as_bytes());
+        blob.extend([1, 0, 0, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0]);
+    } else {
+        let packed = compress(text.as_bytes(), compression);
+        blob.extend(skippable(&packed));
+        let mut end = Vec::new();
+        for number in [start + 8, packed.len() as u64, text.len() as u64, 1, 0, 0, 0] {
+            end.extend(number.to_le_bytes());
+        }
+        end.extend(b"GNUlInUx");
+        blob.extend(skippable(&end));
+    }
+    (tar, blob)
+}
+
 /// Bytes that neither compress away nor repeat at a block's distance.
 pub(crate) fn noise(seed: u64, size: usize) -> Vec<u8> {
     let mut out = vec![0; size];
@@ -67,7 +152,7 @@ pub(crate) fn noise(seed: u64, size: usize) -> Vec<u8> {
 
 pub(crate) fn layer_of(blob: &[u8], compression: Compression) -> Layer {
     let blob = Blob { digest: Digest::of(blob), size: blob.len() as u64 };
-    Layer { blob, compression, content: Content::Tar }
+    Layer { blob, compression, content: Content::Tar, toc: None }
 }
 
 /// An OCI layout folder that a test fills.

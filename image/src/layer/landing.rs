@@ -5,7 +5,10 @@
 //! on the disk   │ rest   │ at-…200            │ rest   │ at-…               │ rest│
 //! ```
 //!
-//! Each file of an uncompressed layer is a file in the ingest folder, named by where it begins in the
+//! All places are those of the uncompressed layer. Of a compressed one that has a table of contents all that
+//! is not here comes as frames, which unpack to a part of a file each ([`super::frames`]).
+//!
+//! Each file of a layer is a file in the ingest folder, named by where it begins in the
 //! blob; all other bytes of the blob lie in `rest`, sparse, at their offset there. [`Spool`] writes
 //! and reads by offsets of the blob. [`Landing`] knows which bytes are here, which are under way, and
 //! what is asked for next. [`Verifier`] reads the blob in its own order, as far as it has come, through
@@ -38,9 +41,11 @@ use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
+use super::frames::{Frames, Unpack, WrongFrame};
 use super::ranges::Ranges;
 use super::unpack::SYNC_EACH;
 use crate::digest::{Digest, ObjectId};
+use crate::manifest::Compression;
 use crate::store::{EPOCH, Ingest, Staged, StoreError, object_mode};
 
 /// Bytes of one request. An asked-for byte may have to wait for all pieces that are under way.
@@ -86,13 +91,23 @@ impl SpoolFile {
 }
 
 impl Spool {
-    /// For a blob of `size` bytes; `rest` is made where it is not there. Blocks, as all here.
-    pub(crate) fn open(folder: &Path, size: u64) -> io::Result<Self> {
+    /// For a layer of `size` bytes, if that is known already; `rest` is made where it is not there.
+    /// Blocks, as all here.
+    pub(crate) fn open(folder: &Path, size: Option<u64>) -> io::Result<Self> {
         let rest = folder.join(REST);
-        let rest = File::options().create(true).truncate(false).write(true).mode(0o600).open(rest);
-        rest?.set_len(size)?;
+        let rest =
+            File::options().create(true).truncate(false).write(true).mode(0o600).open(rest)?;
+        if let Some(size) = size {
+            rest.set_len(size)?;
+        }
+        let size = size.unwrap_or(u64::MAX);
         let (folder, files) = (folder.to_owned(), Vec::new());
         Ok(Self { folder, size, files, rest_dirty: AtomicBool::new(false) })
+    }
+
+    /// So long is the layer.
+    pub(crate) fn ends_at(&mut self, size: u64) {
+        self.size = size;
     }
 
     /// A file at `range`, behind all others. False where nothing of it was here before.
@@ -185,6 +200,7 @@ pub(crate) struct Piece {
 #[derive(Debug)]
 pub(crate) struct Landing {
     spool: Spool,
+    frames: Frames,
     state: Mutex<State>,
     /// Changes when bytes have come, and at the end.
     arrivals: watch::Sender<u64>,
@@ -207,8 +223,14 @@ struct State {
 }
 
 impl Landing {
-    /// `here`: bytes that have been written. `names`: the files' paths, in the blob's order.
-    pub(crate) fn new(spool: Spool, here: Ranges, names: &[String]) -> Self {
+    /// `here`: bytes that have been written. `names`: the files' paths, in the layer's order.
+    pub(crate) fn new(spool: Spool, mut here: Ranges, names: &[String], frames: Frames) -> Self {
+        for frame in frames.iter() {
+            // It comes as a whole, and no byte is written twice.
+            if !here.covers(&frame.content) {
+                here.remove(frame.content.clone());
+            }
+        }
         let mut large: Vec<_> =
             spool.files.iter().zip(names).filter(|(file, _)| file.length() > HEAD_BYTES).collect();
         large.sort_by_key(|(_, name)| *name);
@@ -233,6 +255,7 @@ impl Landing {
         };
         Self {
             spool,
+            frames,
             state: Mutex::new(state),
             arrivals: watch::Sender::new(0),
             questions: watch::Sender::new(0),
@@ -263,6 +286,43 @@ impl Landing {
         Ok(())
     }
 
+    /// How a piece comes, where it comes as frames, and what of the blob to fetch for it.
+    pub(crate) fn unpack(
+        &self,
+        range: &Range<u64>,
+        compression: Compression,
+    ) -> (Unpack, Range<u64>) {
+        Unpack::new(&self.frames, compression, range)
+    }
+
+    /// As [`Landing::land`], of frames: `chunks` are the blob's behind those that `unpack` has taken.
+    ///
+    /// # Errors
+    ///
+    /// Also where a frame is not what it should be; those before it have landed.
+    pub(crate) fn land_frames(
+        &self,
+        unpack: &mut Unpack,
+        chunks: &[Bytes],
+    ) -> Result<(), Unlanded> {
+        let (mut at, mut whole) = (None, Vec::new());
+        let taken = unpack.take(&self.frames, chunks, |start, content| {
+            at.get_or_insert(start);
+            whole.push(content);
+        });
+        if let Some(at) = at {
+            self.land(at, &whole).map_err(Unlanded::Disk)?;
+        }
+        taken.map_err(|WrongFrame(why)| Unlanded::Wrong(why))
+    }
+
+    /// What of the blob the frames travel in that are not here.
+    pub(crate) fn missing_frames_bytes(&self) -> u64 {
+        let state = self.lock();
+        let missing = self.frames.iter().filter(|frame| !state.here.covers(&frame.content));
+        missing.map(|frame| frame.packed.end - frame.packed.start).sum()
+    }
+
     /// What to fetch next, which is under way from then on; with `asked_only` what somebody waits for.
     pub(crate) fn next(&self, asked_only: bool) -> Option<Piece> {
         let mut state = self.lock();
@@ -275,7 +335,7 @@ impl Landing {
             // A little more than was asked for, but nothing of another file.
             let file = self.spool.place(gap.start).map_or(gap.end, |file| file.range.end);
             let ahead = gap.start..file.min(gap.start + PIECE_BYTES);
-            let range = state.taken.gap(&ahead).unwrap_or(gap);
+            let range = self.frames.whole(&state.taken.gap(&ahead).unwrap_or(gap), PIECE_BYTES);
             state.follow = range.end..file;
             state.taken.insert(range.clone());
             return Some(Piece { range, asked: true });
@@ -292,6 +352,7 @@ impl Landing {
             }
         })?;
         let range = gap.start..gap.end.min(gap.start + PIECE_BYTES);
+        let range = self.frames.whole(&range, PIECE_BYTES);
         state.taken.insert(range.clone());
         Some(Piece { range, asked: false })
     }
@@ -331,6 +392,11 @@ impl Landing {
                 return Ok(());
             }
         }
+    }
+
+    /// Up to where all from `at` on is here.
+    pub(crate) fn end_of_run(&self, at: u64) -> u64 {
+        self.lock().here.end_of_run(at)
     }
 
     /// Waits until the byte at `at` is here, and tells up to where all is then.
@@ -380,7 +446,12 @@ impl Landing {
         self.arrivals.send_modify(|n| *n += 1);
     }
 
-    /// Bytes of the blob that are here.
+    /// Bytes of the layer, uncompressed.
+    pub(crate) fn size(&self) -> u64 {
+        self.spool.size
+    }
+
+    /// Of these, bytes that are here.
     pub(crate) fn here_bytes(&self) -> u64 {
         self.lock().here.total()
     }
@@ -403,7 +474,16 @@ fn disk(spool: &Spool, source: io::Error) -> StoreError {
     StoreError::io(format!("write below {}", spool.folder.display()), source)
 }
 
-/// Reads a landing in the blob's order.
+/// Why bytes of a blob did not land.
+#[derive(Debug)]
+pub(crate) enum Unlanded {
+    /// They are others than they should be.
+    Wrong(String),
+    /// The disk.
+    Disk(io::Error),
+}
+
+/// Reads a landing in the layer's order.
 pub(crate) struct Verifier {
     at: u64,
     hash: Sha256,

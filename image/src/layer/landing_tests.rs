@@ -12,7 +12,7 @@ use crate::tree::LayerEntry;
 
 fn raw_layer(content: &[u8]) -> Layer {
     let blob = Blob { digest: Digest::of(content), size: content.len() as u64 };
-    Layer { blob, compression: Compression::None, content: Content::File }
+    Layer { blob, compression: Compression::None, content: Content::File, toc: None }
 }
 
 fn ingest(store: &Store, layer: &Layer) -> Arc<Ingest> {

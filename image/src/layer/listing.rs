@@ -12,6 +12,7 @@ use std::path::Path;
 use bytes::Bytes;
 
 use super::LayerError;
+use super::frames::Frames;
 use super::landing::{Landing, Spool};
 use super::ranges::Ranges;
 use super::tar::{Event, MemberKind, Parser};
@@ -28,7 +29,7 @@ const PROBE_BYTES: u64 = 8 * 1024;
 const MAX_PROBE_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Content up to here is rather read than jumped over: it must come anyway, and a request costs more.
-const JUMP_BYTES: u64 = 1024 * 1024;
+pub(crate) const JUMP_BYTES: u64 = 1024 * 1024;
 
 /// A file of a layer that may not be here yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,12 +37,12 @@ pub(crate) struct ListedFile {
     pub(crate) path: String,
     pub(crate) size: u64,
     pub(crate) executable: bool,
-    /// Where in the layer its content begins.
+    /// Where in the uncompressed layer its content begins.
     pub(crate) offset: u64,
 }
 
 #[derive(Debug, Clone)]
-enum Listed {
+pub(super) enum Listed {
     Entry(LayerEntry),
     File(ListedFile),
 }
@@ -54,12 +55,20 @@ pub(crate) struct Listing {
 }
 
 impl Listing {
+    pub(super) fn new(layer: Digest, listed: Vec<Listed>) -> Self {
+        Self { layer, listed }
+    }
+
     /// Files with content, in the layer's order.
     pub(crate) fn files(&self) -> impl Iterator<Item = &ListedFile> {
         self.listed.iter().filter_map(|listed| match listed {
             Listed::File(file) => Some(file),
             Listed::Entry(_) => None,
         })
+    }
+
+    pub(super) fn names(&self) -> Vec<String> {
+        self.files().map(|file| file.path.clone()).collect()
     }
 
     /// What stands in a tree for a file while its object is not known: a name that is no content's.
@@ -103,7 +112,8 @@ impl Lister {
     /// For an uncompressed layer; `here` is what an earlier pull left in `folder`. Blocks.
     pub(crate) fn new(folder: &Path, layer: Layer, here: Ranges) -> Result<Self, StoreError> {
         let what = || format!("write below {}", folder.display());
-        let spool = Spool::open(folder, layer.blob.size).map_err(|e| StoreError::io(what(), e))?;
+        let spool =
+            Spool::open(folder, Some(layer.blob.size)).map_err(|e| StoreError::io(what(), e))?;
         let parser = (layer.content == Content::Tar).then(Parser::new);
         let (listed, probe) = (Vec::new(), 8 * PROBE_BYTES);
         let mut lister = Self { layer, parser, spool, listed, here, read: 0, probe };
@@ -196,8 +206,8 @@ impl Lister {
         if let Some(parser) = &self.parser {
             parser.finish()?;
         }
-        let listing = Listing { layer: self.layer.blob.digest, listed: self.listed };
-        let names: Vec<String> = listing.files().map(|file| file.path.clone()).collect();
-        Ok((listing, Landing::new(self.spool, self.here, &names)))
+        let listing = Listing::new(self.layer.blob.digest, self.listed);
+        let landing = Landing::new(self.spool, self.here, &listing.names(), Frames::default());
+        Ok((listing, landing))
     }
 }

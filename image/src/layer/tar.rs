@@ -164,17 +164,21 @@ impl Parser {
     /// Goes behind the content of the file that began last, which came another way; its padding is
     /// still to be given. False where that file has not `size` bytes to come.
     pub(crate) fn pass_content(&mut self, size: u64) -> bool {
-        match self.state {
-            State::Data { left, padding } if left == size => {
-                self.offset = self.offset.saturating_add(left);
-                self.state = match padding {
-                    0 => State::Header { have: Vec::new() },
-                    left => State::Padding { left },
-                };
-                true
-            }
-            _ => false,
-        }
+        self.data_left() == size && self.pass(size)
+    }
+
+    /// As [`Parser::pass_content`], for the next part of that content. False where it has not so
+    /// many bytes to come.
+    pub(crate) fn pass(&mut self, bytes: u64) -> bool {
+        let State::Data { left, padding } = self.state else { return false };
+        let Some(left) = left.checked_sub(bytes) else { return false };
+        self.offset = self.offset.saturating_add(bytes);
+        self.state = match (left, padding) {
+            (0, 0) => State::Header { have: Vec::new() },
+            (0, left) => State::Padding { left },
+            (left, padding) => State::Data { left, padding },
+        };
+        true
     }
 
     /// Consumes a part of `input`; returns how much, and what it means.

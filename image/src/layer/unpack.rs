@@ -21,6 +21,11 @@ const OPAQUE: &str = ".wh..wh..opq";
 /// <https://github.com/containerd/stargz-snapshotter/blob/main/docs/estargz.md>
 const ESTARGZ: [&str; 3] = ["stargz.index.json", ".prefetch.landmark", ".no.prefetch.landmark"];
 
+/// Whether a member of this path is of eStargz's own.
+pub(crate) fn is_estargz(path: &str) -> bool {
+    ESTARGZ.contains(&path)
+}
+
 /// A layer of more entries would make records that nobody can hold in memory.
 const MAX_ENTRIES: usize = 1_000_000;
 
@@ -364,7 +369,7 @@ pub(super) enum Meaning {
 impl Meaning {
     pub(super) fn of(member: Member) -> Result<Self, LayerError> {
         let Member { path, kind } = member;
-        if ESTARGZ.contains(&path.as_str()) {
+        if is_estargz(&path) {
             return Ok(Self::Nothing);
         }
         let (folder, name) = path.rsplit_once('/').unwrap_or(("", &path));

@@ -14,6 +14,10 @@ const FILEPATH_CNAI: &str = "org.cnai.model.filepath";
 /// OCI's annotation for a layer's name, with folders where ORAS writes it.
 pub(super) const TITLE: &str = "org.opencontainers.image.title";
 
+/// What the digest of a table of contents is annotated as, of eStargz and of zstd:chunked.
+const ESTARGZ_TOC: &str = "containerd.io/snapshot/stargz/toc.digest";
+const CHUNKED_TOC: &str = "io.github.containers.zstd-chunked.manifest-checksum";
+
 /// A layer's descriptor.
 pub(super) struct Declared<'a> {
     pub(super) blob: Blob,
@@ -37,7 +41,13 @@ impl Declared<'_> {
         compression: Compression,
         place: Place,
     ) -> PlacedLayer {
-        let layer = Layer { blob: self.blob, compression, content };
+        let said = match compression {
+            Compression::None => None,
+            Compression::Gzip => self.annotations.get(ESTARGZ_TOC),
+            Compression::Zstd => self.annotations.get(CHUNKED_TOC),
+        };
+        let toc = said.and_then(|digest| digest.parse().ok());
+        let layer = Layer { blob: self.blob, compression, content, toc };
         PlacedLayer { layer, media_type: self.media_type.clone(), place, diff_id: None }
     }
 

@@ -7,7 +7,8 @@
 //!                               └─ save: what is synced, every 16 MiB
 //! ```
 //!
-//! Which bytes are where is [`crate::layer::Landing`]'s to know. Files of other layers are not looked
+//! Which bytes are where is [`crate::layer::Landing`]'s to know; compressed layers with a table of contents
+//! are [`packed`]. Files of other layers are not looked
 //! for: such a guess is proved by the whole layer's digest only, and a reader must not be handed a guess.
 
 use std::sync::Arc;
@@ -23,9 +24,11 @@ use super::{Inner, PullError};
 use crate::crash;
 use crate::digest::Digest;
 use crate::layer::{End, Landing, LayerError, Lister, Listing, Piece, Ranges, Verifier};
-use crate::manifest::{Compression, Layer};
+use crate::manifest::{Compression, Content, Layer};
 use crate::source::Source;
 use crate::store::{Ingest, LayerRecord, StoreError};
+
+mod packed;
 
 /// Bytes that make a save worth its sync of the disk.
 const SAVE_BYTES: u64 = 16 * 1024 * 1024;
@@ -42,6 +45,8 @@ const VERIFY_BYTES: u64 = 64 * 1024 * 1024;
 pub(super) struct Arrival {
     pub(super) listing: Listing,
     pub(super) landing: Landing,
+    /// What all of it must hash to: the diff_id, which of an uncompressed layer is its digest.
+    proof: Digest,
 }
 
 /// Where a layer shows what can be seen of it before it is complete; nothing, where it must be waited
@@ -93,11 +98,15 @@ impl Inner {
         state: &LayerState,
     ) -> Result<Option<Arc<Arrival>>, PullError> {
         let digest = layer.blob.digest;
-        if layer.compression != Compression::None
-            || layer.blob.size == 0
-            || diff_id.is_some_and(|diff_id| diff_id != digest)
-        {
-            return Ok(None);
+        match (layer.compression, diff_id) {
+            _ if layer.blob.size == 0 => return Ok(None),
+            (Compression::None, Some(diff_id)) if diff_id != digest => return Ok(None),
+            (Compression::None, _) => {}
+            // Not all bytes of the blob will be seen, so something else is to prove it.
+            (_, Some(diff_id)) if layer.content == Content::Tar => {
+                return self.list_packed(ingest, source, layer, diff_id, state).await;
+            }
+            _ => return Ok(None),
         }
         let folder = Arc::clone(ingest);
         let mut lister = self
@@ -126,7 +135,9 @@ impl Inner {
             };
         }
         match lister.finish() {
-            Ok((listing, landing)) => Ok(Some(Arc::new(Arrival { listing, landing }))),
+            Ok((listing, landing)) => {
+                Ok(Some(Arc::new(Arrival { listing, landing, proof: digest })))
+            }
             Err(error) => unlisted(digest, error),
         }
     }
@@ -149,8 +160,10 @@ impl Inner {
         let digest = layer.blob.digest;
         let _ending = Ending(arrival, digest);
         // Part of it has come, and was counted, while it was listed.
-        let fetched = state.meter.read(Instant::now()).fetched_bytes;
-        state.meter.skip(arrival.landing.here_bytes().saturating_sub(fetched));
+        state.meter.stand_at(match layer.compression {
+            Compression::None => arrival.landing.here_bytes(),
+            _ => layer.blob.size.saturating_sub(arrival.landing.missing_frames_bytes()),
+        });
         let outcome = {
             let rest = async {
                 let _slot = match slot {
@@ -177,6 +190,9 @@ impl Inner {
         };
         let verifier = match outcome {
             Ok(verifier) => verifier,
+            Err(PullError::Mismatch(why)) => {
+                return Err(self.is_wrong(ingest, arrival, digest, why).await?);
+            }
             Err(error) => {
                 arrival.landing.end(End::Stopped(error.to_string()));
                 let arrival = Arc::clone(arrival);
@@ -187,17 +203,19 @@ impl Inner {
                 return Err(error);
             }
         };
-        let found = verifier.digest();
-        if found != digest {
-            let why = format!(
-                "layer {digest}: its {} bytes hash to {found}: the source altered them",
-                layer.blob.size
-            );
-            tracing::error!(layer = %digest, %found, "what readers were given is wrong: nothing of \
-                this layer is readable any more, start again what has read it");
-            arrival.landing.end(End::Wrong(why.clone()));
-            self.disk(move |_| only(ingest)?.discard()).await?;
-            return Err(PullError::Mismatch(why));
+        let (found, proof) = (verifier.digest(), arrival.proof);
+        if found != proof {
+            let why = match layer.compression {
+                Compression::None => format!(
+                    "layer {digest}: its {} bytes hash to {found}: the source altered them",
+                    layer.blob.size
+                ),
+                _ => format!(
+                    "layer {digest}: unpacks to {found}, but the image's config says diff_id {proof}: \
+                     the source altered it, or the image is broken"
+                ),
+            };
+            return Err(self.is_wrong(ingest, arrival, digest, why).await?);
         }
         let ready = Arc::clone(arrival);
         let written_bytes = self
@@ -208,21 +226,35 @@ impl Inner {
                 let entries = ready
                     .listing
                     .entries(|file| objects.next().unwrap_or(ready.listing.stand_in(file)));
-                let record = LayerRecord {
-                    digest,
-                    size_bytes: layer.blob.size,
-                    // Uncompressed bytes are their own content.
-                    diff_id: digest,
-                    entries,
+                let record =
+                    LayerRecord { digest, size_bytes: layer.blob.size, diff_id: proof, entries };
+                let name = match layer.compression {
+                    Compression::None => layer.record_name(),
+                    _ => layer.record_name_as(&proof),
                 };
                 let written_bytes = staged.iter().map(|staged| staged.size).sum();
-                only(ingest)?.commit(layer.record_name(), record, staged)?;
+                only(ingest)?.commit(name, record, staged)?;
                 ready.landing.end(End::Verified);
                 Ok(written_bytes)
             })
             .await?;
         let fetched_bytes = state.meter.read(Instant::now()).fetched_bytes;
         Ok(LayerDone { fetched_bytes, written_bytes })
+    }
+
+    /// Takes a layer back that readers have seen.
+    async fn is_wrong(
+        &self,
+        ingest: Arc<Ingest>,
+        arrival: &Arrival,
+        layer: Digest,
+        why: String,
+    ) -> Result<PullError, PullError> {
+        tracing::error!(%layer, why, "what readers were given is wrong: nothing of this layer is \
+            readable any more, start again what has read it");
+        arrival.landing.end(End::Wrong(why.clone()));
+        self.disk(move |_| only(ingest)?.discard()).await?;
+        Ok(PullError::Mismatch(why))
     }
 
     /// Fetches what is asked for, as long as it is polled.
@@ -252,6 +284,10 @@ impl Inner {
     ) -> Result<(), PullError> {
         let Origin { source, layer, state } = from;
         let digest = layer.blob.digest;
+        if layer.compression != Compression::None {
+            return self.bring_frames(arrival, from, piece).await;
+        }
+        let memory = piece.range.end - piece.range.start;
         let land = |at, chunks: Vec<_>| {
             let arrival = Arc::clone(arrival);
             self.disk(move |_| {
@@ -259,17 +295,17 @@ impl Inner {
                 landed.map_err(|e| StoreError::io(format!("write layer {digest}"), e))
             })
         };
-        self.fetcher.piece(source, layer.blob, piece, state, land).await
+        self.fetcher.piece(source, layer.blob, piece, memory, state, land).await
     }
 
-    /// Reads the blob from its start as it comes.
+    /// Reads the layer from its start as it comes.
     async fn read_along(
         &self,
         arrival: &Arc<Arrival>,
         layer: Layer,
     ) -> Result<Verifier, PullError> {
         let mut verifier = Verifier::new();
-        while verifier.at() < layer.blob.size {
+        while verifier.at() < arrival.landing.size() {
             let here = arrival.landing.run_from(verifier.at()).await;
             let end = here.min(verifier.at() + VERIFY_BYTES);
             let arrival = Arc::clone(arrival);

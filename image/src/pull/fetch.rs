@@ -99,7 +99,8 @@ impl Fetcher {
         self.came.load(Ordering::Relaxed)
     }
 
-    /// Hands the bytes of `piece` on as they come, those that have come together at once.
+    /// Hands the bytes of `piece` on as they come, those that have come together at once. It counts as
+    /// `memory` bytes of the window.
     ///
     /// # Cancel safety
     ///
@@ -109,6 +110,7 @@ impl Fetcher {
         source: &Arc<dyn Source>,
         blob: Blob,
         piece: Piece,
+        memory: u64,
         state: &LayerState,
         mut land: impl FnMut(u64, Vec<Bytes>) -> F,
     ) -> Result<(), PullError>
@@ -126,7 +128,7 @@ impl Fetcher {
             // Either way it is this piece's turn then.
             let _ = tokio::time::timeout(STAND_BACK, quiet).await;
             self.pace.turn(&state.urgency).await;
-            (self.credit(length(&range)).await?, None)
+            (self.credit(memory).await?, None)
         };
         let mut at = range.start;
         let reader = self.reader(Arc::clone(source), blob, range, state.clone());

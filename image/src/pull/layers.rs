@@ -157,7 +157,11 @@ impl Inner {
             listed = listed => listed?,
         };
         let (ingest, arrival) = match listed {
-            None => return Ok(None),
+            None => {
+                // What came to find that out comes again.
+                state.meter.begin_again();
+                return Ok(None);
+            }
             Some(Err(done)) => return Ok(Some(done)),
             Some(Ok(listed)) => listed,
         };

@@ -61,6 +61,15 @@ impl Meter {
         self.lock().skipped_bytes += bytes;
     }
 
+    /// So many bytes are done: what of them did not come need not be fetched, and what came beyond
+    /// them comes again.
+    pub(super) fn stand_at(&self, bytes: u64) {
+        let mut state = self.lock();
+        let done = state.fetched_bytes - state.lost_bytes + state.skipped_bytes;
+        state.skipped_bytes += bytes.saturating_sub(done);
+        state.lost_bytes += done.saturating_sub(bytes).min(state.fetched_bytes - state.lost_bytes);
+    }
+
     /// Everything begins again: what came so far was fetched, and is not done.
     pub(super) fn begin_again(&self) {
         let mut state = self.lock();

@@ -36,16 +36,13 @@ use super::arrive::Shown;
 use super::layers::LayerState;
 use super::meter::Meter;
 use super::slots::{Priority, Urgency};
+use super::toc::{self, TocFile};
 use crate::digest::{Digest, ObjectId};
 use crate::layer::tar::{Event, MemberKind, Parser};
 use crate::layer::{FileReader, Local, Outset, Plan, Told, overlaps};
 use crate::manifest::{Compression, Content, Layer};
 use crate::source::Source;
 use crate::store::{BySize, Candidate, MIN_FILE_BYTES, Store};
-
-mod toc;
-
-use toc::TocFile;
 
 /// Bytes of a sample. One block of a disk; a file of weights that differs at all differs nearly
 /// everywhere.
@@ -58,7 +55,7 @@ const PROBE_BYTES: u64 = 2 * SAMPLE_BYTES;
 const WIDE_PROBE_BYTES: u64 = 64 * 1024;
 
 /// Up to here a candidate is rather hashed than sampled over the network.
-const HASHED_BYTES: u64 = 64 * 1024 * 1024;
+pub(super) const HASHED_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Local bytes that are hashed before a layer is fetched.
 const HASH_BUDGET_BYTES: u64 = 1024 * 1024 * 1024;

@@ -31,7 +31,7 @@ pub struct Arriving {
 #[derive(Debug, Clone)]
 pub struct ArrivingFile {
     arrival: Arc<Arrival>,
-    /// In the layer's blob.
+    /// In the uncompressed layer.
     range: Range<u64>,
 }
 
@@ -80,7 +80,7 @@ impl ArrivingFile {
     ///
     /// When they will not come, or when all of the layer turned out to be wrong.
     pub fn has(&self, range: Range<u64>) -> Result<bool, NotComing> {
-        told(self.arrival.landing.has(&self.of_blob(range)))
+        told(self.arrival.landing.has(&self.of_layer(range)))
     }
 
     /// Has these bytes of the file fetched next, and waits until they are here.
@@ -93,10 +93,10 @@ impl ArrivingFile {
     ///
     /// Dropping the future gives up the wait; the bytes come all the same.
     pub async fn wait(&self, range: Range<u64>) -> Result<(), NotComing> {
-        told(self.arrival.landing.wait(&self.of_blob(range)).await)
+        told(self.arrival.landing.wait(&self.of_layer(range)).await)
     }
 
-    fn of_blob(&self, range: Range<u64>) -> Range<u64> {
+    fn of_layer(&self, range: Range<u64>) -> Range<u64> {
         let place = |at: u64| self.range.start.saturating_add(at).min(self.range.end);
         place(range.start)..place(range.end)
     }

@@ -11,7 +11,7 @@ const KIB: u64 = 1024;
 /// A layer that is nowhere yet.
 fn to_come(name: &str, size: u64) -> Layer {
     let blob = Blob { digest: Digest::of(name.as_bytes()), size };
-    Layer { blob, compression: Compression::None, content: Content::Tar }
+    Layer { blob, compression: Compression::None, content: Content::Tar, toc: None }
 }
 
 fn with_quota(store: Store, quota: u64) -> Store {

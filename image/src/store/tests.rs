@@ -9,7 +9,7 @@ use crate::tree::Tree;
 pub(super) fn layer(digest: &Digest) -> Layer {
     let blob = crate::manifest::Blob { digest: *digest, size: 1 };
     let compression = crate::manifest::Compression::None;
-    Layer { blob, compression, content: crate::manifest::Content::Tar }
+    Layer { blob, compression, content: crate::manifest::Content::Tar, toc: None }
 }
 
 /// Brings in a layer of one file by the store's own means.

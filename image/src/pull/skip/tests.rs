@@ -4,66 +4,20 @@ use std::process::Command;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-use super::toc::{TAIL_BYTES, footer, parse};
+use super::super::toc::{TAIL_BYTES, footer, parse};
 use super::*;
 use crate::manifest::Compression;
 use crate::pull::{PullError, PullOptions, PullRequest, Pulled, Puller};
 use crate::reference::Reference;
 use crate::source::{RegistryOptions, Sources};
-use crate::testing::{Entry, Layout, compress, listing, noise, tar};
+use crate::testing::{Entry, Layout, listing, noise, skippable, tar};
 
 const MIB: usize = 1024 * 1024;
 
-/// `bytes` as a frame that decoders pass over.
-fn skippable(bytes: &[u8]) -> Vec<u8> {
-    let mut frame = 0x184D_2A50_u32.to_le_bytes().to_vec();
-    frame.extend((bytes.len() as u32).to_le_bytes());
-    frame.extend(bytes);
-    frame
-}
-
-fn frame(bytes: &[u8]) -> Vec<u8> {
-    compress(bytes, Compression::Zstd)
-}
-
-/// A tar, and the zstd:chunked of it, with a table of contents that `edit` may falsify.
+/// A tar, and the zstd:chunked of it in chunks of a MiB.
 fn chunked(files: &[(&str, &[u8])], edit: &dyn Fn(&mut Value)) -> (Vec<u8>, Vec<u8>) {
     let entries: Vec<_> = files.iter().map(|(name, content)| Entry::File(name, content)).collect();
-    let tar = tar(&entries);
-    let (mut blob, mut listed, mut at) = (Vec::new(), Vec::new(), 0);
-    for (name, content) in files {
-        blob.extend(frame(&tar[at..at + 512]));
-        let offset = blob.len();
-        // Two chunks each.
-        let half = content.len() / 2;
-        let second = offset + frame(&content[..half]).len();
-        blob.extend([frame(&content[..half]), frame(&content[half..])].concat());
-        listed.push(json!({
-            "type": "reg", "name": name, "size": content.len(), "mode": 0o644,
-            "digest": Digest::of(content), "offset": offset, "endOffset": blob.len(),
-            "chunkSize": half, "chunkDigest": Digest::of(&content[..half]),
-        }));
-        listed.push(json!({
-            "type": "chunk", "name": name, "offset": second, "chunkOffset": half,
-            "chunkSize": content.len() - half, "chunkDigest": Digest::of(&content[half..]),
-        }));
-        let end = at + 512 + content.len();
-        at = end.next_multiple_of(512);
-        blob.extend(frame(&tar[end..at]));
-    }
-    blob.extend(frame(&tar[at..]));
-    let mut toc = json!({"version": 1, "entries": listed});
-    edit(&mut toc);
-    let packed = frame(toc.to_string().as_bytes());
-    let start = blob.len() as u64 + 8;
-    blob.extend(skippable(&packed));
-    let mut end = Vec::new();
-    for number in [start, packed.len() as u64, toc.to_string().len() as u64, 1, 0, 0, 0] {
-        end.extend(number.to_le_bytes());
-    }
-    end.extend(b"GNUlInUx");
-    blob.extend(skippable(&end));
-    (tar, blob)
+    crate::testing::chunked(&entries, (Compression::Zstd, MIB), edit)
 }
 
 struct Bench {

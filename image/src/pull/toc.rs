@@ -13,19 +13,27 @@
 //! - <https://github.com/containers/storage/blob/main/docs/containers-storage-zstd-chunked.md>
 //! - <https://github.com/containerd/stargz-snapshotter/blob/main/docs/estargz.md>
 //!
+//! They are read twice over: here for files that may be skipped, in [`contents`] for all that a stream
+//! must know.
+//!
 //! Everything is bounded, and nothing trusted: what is wrong here ends in a plain fetch.
 
 use std::fmt;
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::ops::Range;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, SeqAccess, Visitor};
+use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
+use sha2::{Digest as _, Sha256};
 
-use super::HASHED_BYTES;
+use super::skip::HASHED_BYTES;
 use crate::digest::Digest;
 use crate::manifest::Compression;
 use crate::store::MIN_FILE_BYTES;
+
+mod contents;
+
+pub(super) use contents::contents;
 
 /// What is read of a blob's end: a footer, and the table where that is short.
 pub(super) const TAIL_BYTES: u64 = 4096;
@@ -108,10 +116,16 @@ pub(super) fn footer(tail: &[u8], size: u64, compression: Compression) -> Option
 
 /// Reads the table that `footer` speaks of: the files in it that are worth a look, in order.
 pub(super) fn parse(footer: &Footer, packed: &[u8]) -> Result<Vec<TocFile>, String> {
-    let document: Document = match footer.compression {
+    Ok(read::<Files>(footer, packed)?.0.files)
+}
+
+/// Folds a table's entries; also what annotations call its digest: of zstd:chunked over what
+/// travels, of eStargz over the JSON.
+fn read<F: Fold>(footer: &Footer, packed: &[u8]) -> Result<(F, Digest), String> {
+    match footer.compression {
         Compression::Zstd => {
             let unpacked = zstd::stream::read::Decoder::new(packed).map_err(|e| e.to_string())?;
-            read_json(unpacked)?
+            Ok((read_json(unpacked)?.0, Digest::of(packed)))
         }
         _ => {
             let unpacked = flate2::read::MultiGzDecoder::new(packed).take(MAX_UNPACKED_BYTES);
@@ -121,21 +135,47 @@ pub(super) fn parse(footer: &Footer, packed: &[u8]) -> Result<Vec<TocFile>, Stri
             if entry.path().map_err(|e| e.to_string())?.to_str() != Some(ESTARGZ_NAME) {
                 return Err("no table of contents where the footer says".to_owned());
             }
-            read_json(entry)?
+            read_json(entry)
         }
-    };
-    Ok(document.entries.files)
+    }
 }
 
-fn read_json(text: impl Read) -> Result<Document, String> {
-    serde_json::from_reader(BufReader::new(text.take(MAX_UNPACKED_BYTES)))
-        .map_err(|e| e.to_string())
+/// All of it is read, since no document may have anything behind it.
+fn read_json<F: Fold>(text: impl Read) -> Result<(F, Digest), String> {
+    let mut hashed = Hashed { text: text.take(MAX_UNPACKED_BYTES), hash: Sha256::new() };
+    let document: Document<F> =
+        serde_json::from_reader(BufReader::new(&mut hashed)).map_err(|e| e.to_string())?;
+    Ok((document.entries.0, Digest::from_sha256(hashed.hash.finalize().into())))
+}
+
+struct Hashed<R> {
+    text: R,
+    hash: Sha256,
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.text.read(buffer)?;
+        self.hash.update(&buffer[..count]);
+        Ok(count)
+    }
+}
+
+/// What entries are folded to while they are read: there may be millions of chunks.
+trait Fold: Default {
+    fn take(&mut self, entry: Entry) -> Result<(), String>;
+
+    /// There are no more.
+    fn end(&mut self) -> Result<(), String>;
 }
 
 #[derive(Deserialize)]
-struct Document {
-    entries: Files,
+#[serde(bound = "F: Fold")]
+struct Document<F> {
+    entries: Folded<F>,
 }
+
+struct Folded<F>(F);
 
 /// An entry, as far as it matters.
 #[derive(Deserialize)]
@@ -143,6 +183,10 @@ struct Document {
 struct Entry {
     #[serde(rename = "type")]
     kind: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    link_name: String,
     #[serde(default)]
     size: u64,
     #[serde(default)]
@@ -163,7 +207,7 @@ struct Entry {
     chunk_digest: Option<String>,
 }
 
-/// The entries, folded to files while they are read: there may be millions of chunks.
+/// Files that may be skipped.
 #[derive(Default)]
 struct Files {
     files: Vec<TocFile>,
@@ -184,13 +228,13 @@ struct OpenFile {
     last: Option<(Range<u64>, Digest)>,
 }
 
-impl Files {
-    fn take(&mut self, entry: &Entry) {
+impl Fold for Files {
+    fn take(&mut self, entry: Entry) -> Result<(), String> {
         if entry.kind == "chunk" {
             if let Some(open) = &mut self.open {
-                open.chunk(entry);
+                open.chunk(&entry);
             }
-            return;
+            return Ok(());
         }
         self.close();
         let digest = entry.digest.as_deref().and_then(|digest| digest.parse().ok());
@@ -210,11 +254,19 @@ impl Files {
                 first: None,
                 last: None,
             };
-            open.first = open.digest_of(entry);
+            open.first = open.digest_of(&entry);
             self.open = Some(open);
         }
+        Ok(())
     }
 
+    fn end(&mut self) -> Result<(), String> {
+        self.close();
+        Ok(())
+    }
+}
+
+impl Files {
     fn close(&mut self) {
         if let Some(file) = self.open.take().and_then(OpenFile::close) {
             self.files.push(file);
@@ -258,25 +310,24 @@ impl OpenFile {
     }
 }
 
-impl<'de> Deserialize<'de> for Files {
+impl<'de, F: Fold> Deserialize<'de> for Folded<F> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fold;
-        impl<'de> Visitor<'de> for Fold {
-            type Value = Files;
+        struct Folding<F>(F);
+        impl<'de, F: Fold> Visitor<'de> for Folding<F> {
+            type Value = F;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("entries of a table of contents")
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Files, A::Error> {
-                let mut files = Files::default();
+            fn visit_seq<A: SeqAccess<'de>>(mut self, mut entries: A) -> Result<F, A::Error> {
                 while let Some(entry) = entries.next_element::<Entry>()? {
-                    files.take(&entry);
+                    self.0.take(entry).map_err(A::Error::custom)?;
                 }
-                files.close();
-                Ok(files)
+                self.0.end().map_err(A::Error::custom)?;
+                Ok(self.0)
             }
         }
-        deserializer.deserialize_seq(Fold)
+        deserializer.deserialize_seq(Folding(F::default())).map(Self)
     }
 }
