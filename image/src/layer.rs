@@ -293,6 +293,7 @@ impl Resumed {
             size_bytes: layer.blob.size,
             diff_id: found,
             entries: unpacked.entries,
+            attributes: unpacked.attributes,
         };
         let name = match sees_blob {
             true => layer.record_name(),

@@ -41,8 +41,11 @@ use tower::service_fn;
 use crate::digest::Digest;
 
 mod inventory;
+mod publish;
+mod snapshots;
 
 pub use inventory::{Inventory, RuntimeImage, RuntimeLayer};
+pub use publish::{Publication, PublishError, Published};
 
 /// How long containerd may take for an answer, and for all it takes to open one blob. A quiet one
 /// answers within milliseconds; a pull must not feel one that does not.
@@ -54,6 +57,9 @@ const REST: Duration = Duration::from_secs(30);
 /// What a lease that nobody ends is worth: an open file needs none, so this is only for the blobs of an image
 /// that are still to be opened.
 const LEASE: Duration = Duration::from_secs(3600);
+
+/// The label of a config whose layers are unpacked, which keeps their snapshots; the snapshotter follows.
+const UNPACKED: &str = "containerd.io/gc.ref.snapshot.";
 
 /// Where containerd is, and what of it is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +127,9 @@ struct Link {
     resting_until: Option<Instant>,
     /// What was said last, so that it is not said again.
     said: Option<String>,
+    /// Whether it takes snapshots of the store's files: overlayfs' folder, or why not. Found out again
+    /// after it was away.
+    publishes: Option<Result<PathBuf, String>>,
 }
 
 /// Why containerd did not say.
@@ -279,6 +288,7 @@ impl Runtime {
     fn say_away(&self, why: &str) {
         let mut link = self.link();
         link.root = None;
+        link.publishes = None;
         if link.said.as_deref() != Some(why) {
             let socket = self.shared.options.socket.display();
             tracing::info!(%socket, why, "nothing is taken from containerd for now");

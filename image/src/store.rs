@@ -56,7 +56,7 @@ use serde::{Deserialize, Serialize};
 use crate::digest::{Digest, ObjectId};
 use crate::manifest::{Layer, Packaging, Platform};
 use crate::reference::Reference;
-use crate::tree::LayerEntry;
+use crate::tree::{Attributes, LayerEntry};
 
 mod access;
 mod capacity;
@@ -69,6 +69,7 @@ mod last_use;
 mod lease;
 mod objects;
 mod outlook;
+mod overlay;
 mod pins;
 mod rates;
 mod record;
@@ -93,6 +94,7 @@ pub(crate) use ingest::Ingest;
 pub(crate) use lease::Lease;
 pub(crate) use objects::Staged;
 pub use outlook::Survey;
+pub(crate) use overlay::Whole;
 pub use pins::{InvalidOwner, Owner, Pin, PinRequest};
 pub use record::Records;
 pub(crate) use repair::Repair;
@@ -180,6 +182,8 @@ pub(crate) struct LayerRecord {
     pub(crate) size_bytes: u64,
     pub(crate) diff_id: Digest,
     pub(crate) entries: Vec<LayerEntry>,
+    #[serde(default)]
+    pub(crate) attributes: Attributes,
 }
 
 impl LayerRecord {

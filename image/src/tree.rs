@@ -80,6 +80,21 @@ impl LayerEntry {
     }
 }
 
+/// Whether a layer says of owners, modes and extended attributes what a tree shows: all root's, folders
+/// 0755, files readable and executable for all or executable for nobody. A file's write bit of its owner
+/// does not count: root, who alone has it, needs none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Attributes {
+    /// Nobody looked.
+    #[default]
+    Unknown,
+    /// It does.
+    Kept,
+    /// It does not; the first entry that says something else, and what.
+    Changed(String),
+}
+
 /// Why layers do not add up.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("entry {path:?}: {why}")]

@@ -78,6 +78,7 @@ fn complete(
         size_bytes: layer.blob.size,
         diff_id: layer.blob.digest,
         entries: entries.clone(),
+        attributes: crate::tree::Attributes::Unknown,
     };
     Arc::into_inner(ingest).unwrap().commit(layer.record_name(), record, staged).unwrap();
     landing.end(End::Verified);

@@ -20,7 +20,7 @@ use super::unpack::{Meaning, room_for_more};
 use crate::digest::{Digest, ObjectId};
 use crate::manifest::{Content, Layer};
 use crate::store::StoreError;
-use crate::tree::LayerEntry;
+use crate::tree::{Attributes, LayerEntry};
 
 /// What is read behind a large file: the next header with its extensions, and some.
 const PROBE_BYTES: u64 = 8 * 1024;
@@ -52,11 +52,17 @@ pub(super) enum Listed {
 pub(crate) struct Listing {
     layer: Digest,
     listed: Vec<Listed>,
+    attributes: Attributes,
 }
 
 impl Listing {
-    pub(super) fn new(layer: Digest, listed: Vec<Listed>) -> Self {
-        Self { layer, listed }
+    pub(super) fn new(layer: Digest, listed: Vec<Listed>, attributes: Attributes) -> Self {
+        Self { layer, listed, attributes }
+    }
+
+    /// What its headers say of owners and modes.
+    pub(crate) fn attributes(&self) -> Attributes {
+        self.attributes.clone()
     }
 
     /// Files with content, in the layer's order.
@@ -206,7 +212,9 @@ impl Lister {
         if let Some(parser) = &self.parser {
             parser.finish()?;
         }
-        let listing = Listing::new(self.layer.blob.digest, self.listed);
+        let attributes = self.parser.as_ref().map(|parser| parser.attributes().clone());
+        let attributes = attributes.unwrap_or_default();
+        let listing = Listing::new(self.layer.blob.digest, self.listed, attributes);
         let landing = Landing::new(self.spool, self.here, &listing.names(), Frames::default());
         Ok((listing, landing))
     }

@@ -142,12 +142,13 @@ impl PackedLister {
     /// Where the table of contents says of more than there is.
     pub(crate) fn finish(self) -> Result<(Listing, Landing), LayerError> {
         let Body { parser, mut spool, listed, mut promised, frames, here, at, .. } = self.body;
+        let attributes = parser.attributes().clone();
         parser.finish()?;
         if promised.next().is_some() {
             return Err(wrong("it has more files than the layer"));
         }
         spool.ends_at(at);
-        let listing = Listing::new(self.layer.blob.digest, listed);
+        let listing = Listing::new(self.layer.blob.digest, listed, attributes);
         let landing = Landing::new(spool, here, &listing.names(), frames);
         Ok((listing, landing))
     }

@@ -11,6 +11,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::unpack::is_marker;
+use crate::tree::Attributes;
+
 const BLOCK: usize = 512;
 
 /// Long names and pax records are at most a few KiB; the rest is an attack.
@@ -81,8 +84,21 @@ pub(crate) struct Parser {
     path: Option<Vec<u8>>,
     link: Option<Vec<u8>>,
     size: Option<u64>,
+    #[serde(default)]
+    owner: Owner,
     /// The path of the member that began last, for errors.
     current: String,
+    /// Of all members so far.
+    #[serde(default)]
+    attributes: Attributes,
+}
+
+/// What pax records say of the next member's owner and attributes.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Owner {
+    user: Option<u64>,
+    group: Option<u64>,
+    extended: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -127,8 +143,15 @@ impl Parser {
             path: None,
             link: None,
             size: None,
+            owner: Owner::default(),
             current: String::new(),
+            attributes: Attributes::Kept,
         }
+    }
+
+    /// Whether what the members say of owners, modes and attributes is what a tree shows.
+    pub(crate) fn attributes(&self) -> &Attributes {
+        &self.attributes
     }
 
     /// Bytes consumed so far.
@@ -338,6 +361,13 @@ impl Parser {
         if path.is_empty() && kind != MemberKind::Directory {
             return Err(refuse("a link in place of the root".into()));
         }
+        let owner = std::mem::take(&mut self.owner);
+        if self.attributes == Attributes::Kept
+            && !is_marker(&path)
+            && let Some(why) = change(&kind, header, &owner)
+        {
+            self.attributes = Attributes::Changed(format!("/{path} {why}"));
+        }
         // Links and directories have no content, whatever their size field says;
         // what is not a file's content is read over.
         self.state = match kind {
@@ -375,10 +405,15 @@ impl Parser {
                                 size.ok_or_else(|| broken(at, "malformed size in pax record"))?,
                             );
                         }
+                        b"uid" => self.owner.user = Some(number(record.value_bytes())),
+                        b"gid" => self.owner.group = Some(number(record.value_bytes())),
+                        key if ATTRIBUTES.iter().any(|prefix| key.starts_with(prefix)) => {
+                            self.owner.extended = true;
+                        }
                         key if key.starts_with(b"GNU.sparse.") => {
                             return Err(broken(at, "sparse files are not supported"));
                         }
-                        // Owners, times and xattrs are dropped by design.
+                        // Times are dropped by design, as owners and xattrs are.
                         _ => {}
                     }
                 }
@@ -386,6 +421,35 @@ impl Parser {
         }
         Ok(())
     }
+}
+
+/// Pax records that stand for extended attributes and ACLs.
+const ATTRIBUTES: [&[u8]; 3] = [b"SCHILY.xattr.", b"SCHILY.acl.", b"LIBARCHIVE.xattr."];
+
+/// What cannot be read is nobody's.
+fn number(text: &[u8]) -> u64 {
+    std::str::from_utf8(text).ok().and_then(|text| text.parse().ok()).unwrap_or(u64::MAX)
+}
+
+/// What of a member a tree shows otherwise.
+fn change(kind: &MemberKind, header: &tar::Header, owner: &Owner) -> Option<String> {
+    let user = owner.user.or(header.uid().ok()).unwrap_or(u64::MAX);
+    let group = owner.group.or(header.gid().ok()).unwrap_or(u64::MAX);
+    if (user, group) != (0, 0) {
+        return Some(format!("belongs to {user}:{group}"));
+    }
+    if owner.extended {
+        return Some("has extended attributes".to_owned());
+    }
+    let mode = header.mode().unwrap_or(u32::MAX) & 0o7777;
+    let shown = match kind {
+        MemberKind::Symlink { .. } => true,
+        MemberKind::Directory => mode == 0o755,
+        MemberKind::File { .. } | MemberKind::Hardlink { .. } => {
+            [0o444, 0o555].contains(&(mode & !0o200))
+        }
+    };
+    (!shown).then(|| format!("has the mode {mode:04o}"))
 }
 
 fn broken(at: u64, why: &str) -> TarError {

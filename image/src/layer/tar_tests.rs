@@ -177,3 +177,57 @@ proptest! {
         let _ = read(&tar, 333);
     }
 }
+
+/// What is said of the attributes of an archive with one member.
+fn attributes(header: &tar::Header, pax: &[(&str, &[u8])]) -> Attributes {
+    let mut builder = builder();
+    builder.append_pax_extensions(pax.iter().copied()).unwrap();
+    let mut header = header.clone();
+    header.set_path("m/a").unwrap();
+    header.set_cksum();
+    builder.append(&header, std::io::empty()).unwrap();
+    let tar = builder.into_inner().unwrap();
+    let mut parser = Parser::new();
+    let mut input = &tar[..];
+    while !matches!(
+        parser.next(input).map(|(used, event)| {
+            input = &input[used..];
+            event
+        }),
+        Ok(Event::More)
+    ) {}
+    parser.attributes().clone()
+}
+
+#[test]
+fn what_a_tree_shows_otherwise_is_noted() {
+    let of = |kind, mode, user, group| {
+        let mut header = header(kind, 0);
+        header.set_mode(mode);
+        header.set_uid(user);
+        header.set_gid(group);
+        header
+    };
+    let file = |mode| of(tar::EntryType::Regular, mode, 0, 0);
+    let changed = |why: &str| Attributes::Changed(format!("/m/a {why}"));
+    for mode in [0o444, 0o644, 0o555, 0o755] {
+        assert_eq!(attributes(&file(mode), &[]), Attributes::Kept, "{mode:o}");
+    }
+    for mode in [0o600, 0o640, 0o664, 0o666, 0o744, 0o4755, 0o2755] {
+        assert_eq!(attributes(&file(mode), &[]), changed(&format!("has the mode {mode:04o}")));
+    }
+    assert_eq!(attributes(&of(tar::EntryType::Directory, 0o755, 0, 0), &[]), Attributes::Kept);
+    let sticky = of(tar::EntryType::Directory, 0o1777, 0, 0);
+    assert_eq!(attributes(&sticky, &[]), changed("has the mode 1777"));
+    assert_eq!(
+        attributes(&of(tar::EntryType::Regular, 0o644, 7, 0), &[]),
+        changed("belongs to 7:0")
+    );
+    // Pax records go before the header; times and names say nothing.
+    assert_eq!(attributes(&file(0o644), &[("gid", b"1000")]), changed("belongs to 0:1000"));
+    let large = of(tar::EntryType::Regular, 0o644, 7, 7);
+    assert_eq!(attributes(&large, &[("uid", b"0"), ("gid", b"0")]), Attributes::Kept);
+    assert_eq!(attributes(&file(0o644), &[("mtime", b"1.5"), ("uname", b"me")]), Attributes::Kept);
+    let extended = [("SCHILY.xattr.security.capability", &b"x"[..])];
+    assert_eq!(attributes(&file(0o755), &extended), changed("has extended attributes"));
+}

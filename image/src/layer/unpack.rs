@@ -11,7 +11,7 @@ use super::tar::{Event, Member, MemberKind, Parser};
 use crate::digest::ObjectId;
 use crate::manifest::{Compression, Content, Layer};
 use crate::store::{Ingest, Staged, StoreError};
-use crate::tree::LayerEntry;
+use crate::tree::{Attributes, LayerEntry};
 
 const WHITEOUT: &str = ".wh.";
 const OPAQUE: &str = ".wh..wh..opq";
@@ -76,6 +76,7 @@ struct OpenFile {
 pub(crate) struct Unpacked {
     pub(crate) entries: Vec<LayerEntry>,
     pub(crate) staged: Vec<Staged>,
+    pub(crate) attributes: Attributes,
     /// Bytes of content written.
     pub(crate) written_bytes: u64,
 }
@@ -291,8 +292,10 @@ impl Unpacker {
         if self.progress.staged.len() > SYNC_EACH {
             self.sync_all(ingest)?;
         }
+        let parser = self.parser();
+        let attributes = parser.map(|parser| parser.attributes().clone()).unwrap_or_default();
         let Progress { entries, staged, written_bytes, .. } = self.progress;
-        Ok(Unpacked { entries, staged, written_bytes })
+        Ok(Unpacked { entries, staged, attributes, written_bytes })
     }
 
     fn begin(&mut self, member: Member) -> Result<(), LayerError> {
@@ -351,6 +354,12 @@ impl Unpacker {
         let path = self.progress.open.as_ref().map_or("", |open| open.member.path.as_str());
         LayerError::Store(StoreError::io(format!("write {path:?} into the store"), source))
     }
+}
+
+/// Whether a member is nothing that a tree shows.
+pub(super) fn is_marker(path: &str) -> bool {
+    let name = path.rsplit('/').next().unwrap_or_default();
+    name.starts_with(WHITEOUT) || ESTARGZ.contains(&path)
 }
 
 /// What a member of a tar is to a layer.

@@ -226,8 +226,13 @@ impl Inner {
                 let entries = ready
                     .listing
                     .entries(|file| objects.next().unwrap_or(ready.listing.stand_in(file)));
-                let record =
-                    LayerRecord { digest, size_bytes: layer.blob.size, diff_id: proof, entries };
+                let record = LayerRecord {
+                    digest,
+                    size_bytes: layer.blob.size,
+                    diff_id: proof,
+                    entries,
+                    attributes: ready.listing.attributes(),
+                };
                 let name = match layer.compression {
                     Compression::None => layer.record_name(),
                     _ => layer.record_name_as(&proof),

@@ -30,7 +30,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Failed, Namespace, Runtime, open, within};
+use super::{Failed, Namespace, Runtime, UNPACKED, open, within};
 use crate::digest::Digest;
 use crate::manifest::{Blob, Manifest, Platform};
 use crate::reference::Reference;
@@ -56,9 +56,6 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_
 /// What changes when images come and go.
 const TOPICS: [&str; 3] =
     ["topic~=\"^/images/\"", "topic==\"/snapshot/commit\"", "topic==\"/content/delete\""];
-
-/// The label of a config whose layers are unpacked: it keeps their snapshots.
-const UNPACKED: &str = "containerd.io/gc.ref.snapshot.";
 
 /// The images that containerd had at one moment.
 #[derive(Debug, Clone, Default)]

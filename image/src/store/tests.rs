@@ -25,6 +25,7 @@ pub(super) fn put_layer(store: &Store, content: &[u8]) -> (Digest, ObjectId) {
         size_bytes: size,
         diff_id: digest,
         entries: vec![LayerEntry::File { path, size, object, offset: Some(0) }],
+        attributes: crate::tree::Attributes::Unknown,
     };
     let staged = vec![Staged { name: "0000000".into(), object, size }];
     ingest.commit(layer(&digest).record_name(), record, staged).unwrap();

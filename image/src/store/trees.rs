@@ -153,14 +153,8 @@ impl Store {
         let staging = ingest.folder();
         let rootfs = staging.join("rootfs");
         fs::create_dir(&rootfs).context(|| format!("create {}", rootfs.display()))?;
-        let objects = self.path("objects");
-        let what = |path: &PathBuf| format!("open {}", path.display());
-        let mut links = Links {
-            objects: open_dir(&objects).context(|| what(&objects))?,
-            unpacked_bytes: 0,
-            files: 0,
-        };
-        let root = open_dir(&rootfs).context(|| what(&rootfs))?;
+        let mut links = Links::new(self)?;
+        let root = open_dir(&rootfs).context(|| format!("open {}", rootfs.display()))?;
         links.fill(root.as_fd(), new.tree.root(), "")?;
         let record = TreeRecord {
             digest: new.digest,
@@ -188,15 +182,22 @@ impl Store {
     }
 }
 
-struct Links {
+/// Fills folders with links to objects.
+pub(super) struct Links {
     objects: OwnedFd,
     unpacked_bytes: u64,
     files: u64,
 }
 
 impl Links {
+    pub(super) fn new(store: &Store) -> Result<Self, StoreError> {
+        let objects = store.path("objects");
+        let objects = open_dir(&objects).context(|| format!("open {}", objects.display()))?;
+        Ok(Self { objects, unpacked_bytes: 0, files: 0 })
+    }
+
     /// Fills a directory that only this process knows, so no name in it can be a surprise.
-    fn fill(
+    pub(super) fn fill(
         &mut self,
         directory: BorrowedFd<'_>,
         children: &BTreeMap<String, Node>,
@@ -289,7 +290,7 @@ pub(crate) fn object_mode(executable: bool) -> Mode {
     Mode::from_raw_mode(if executable { 0o555 } else { 0o444 })
 }
 
-fn open_dir(path: &std::path::Path) -> rustix::io::Result<OwnedFd> {
+pub(super) fn open_dir(path: &std::path::Path) -> rustix::io::Result<OwnedFd> {
     rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty())
 }
 

@@ -104,6 +104,7 @@ fn complete(
         size_bytes: layer.blob.size,
         diff_id: proof,
         entries: entries.clone(),
+        attributes: crate::tree::Attributes::Unknown,
     };
     Arc::into_inner(ingest).unwrap().commit(layer.record_name_as(&proof), record, staged).unwrap();
     landing.end(End::Verified);
