@@ -40,12 +40,15 @@ use tower::service_fn;
 
 use crate::digest::Digest;
 
+mod adopt;
 mod inventory;
 mod publish;
 mod snapshots;
 
+pub(crate) use adopt::Snapshot;
 pub use inventory::{Inventory, RuntimeImage, RuntimeLayer};
 pub use publish::{Publication, PublishError, Published};
+pub(crate) use snapshots::chain_ids;
 
 /// How long containerd may take for an answer, and for all it takes to open one blob. A quiet one
 /// answers within milliseconds; a pull must not feel one that does not.
@@ -127,9 +130,9 @@ struct Link {
     resting_until: Option<Instant>,
     /// What was said last, so that it is not said again.
     said: Option<String>,
-    /// Whether it takes snapshots of the store's files: overlayfs' folder, or why not. Found out again
+    /// Whether it takes snapshots of that store's files: overlayfs' folder, or why not. Found out again
     /// after it was away.
-    publishes: Option<Result<PathBuf, String>>,
+    publishes: Option<(PathBuf, Result<PathBuf, String>)>,
 }
 
 /// Why containerd did not say.

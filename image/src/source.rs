@@ -249,7 +249,7 @@ impl Sources {
     }
 
     /// The container runtime, where one is asked.
-    pub(crate) fn runtime(&self) -> Option<&Runtime> {
+    pub fn runtime(&self) -> Option<&Runtime> {
         self.runtime.as_ref()
     }
 

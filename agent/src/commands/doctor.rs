@@ -6,8 +6,8 @@
 //! REF…   ─► registries: credentials, a HEAD request each    ─┘
 //! ```
 //!
-//! Nothing is changed, but for a file that is written into the store and removed again. It
-//! may run beside an agent, in its pod, or on a bare machine.
+//! Nothing is changed, but for a file that is written into the store and into a snapshot of
+//! containerd's, and removed again. It may run beside an agent, in its pod, or on a bare machine.
 
 use std::fmt;
 
@@ -98,6 +98,7 @@ pub(super) async fn run(
     checks.extend(node::kernel(&config));
     checks.push(clock::look());
     checks.extend(node::store(&config));
+    checks.extend(node::runtime(&config).await);
     checks.extend(node::kubelet(&config)?);
     let (agent, more) = sockets::look(&config).await;
     checks.extend(more);

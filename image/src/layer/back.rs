@@ -145,7 +145,7 @@ impl<'a> Unpacking<'a> {
             return Err(LayerError::Mismatch("its table of contents is wrong".to_owned()));
         }
         if let Some(hash) = &mut self.body.hash
-            && !hash_local(hash, local, self.ingest, &self.told)?
+            && !hash_local(|bytes| hash.update(bytes), local, self.ingest, &self.told)?
         {
             return Err(LayerError::Stopped(0));
         }

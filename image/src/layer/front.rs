@@ -9,9 +9,9 @@ use sha2::{Digest as _, Sha256};
 
 use super::plan::{Local, Plan, Segment, Told};
 use super::{CHECKPOINT_BYTES, Chunk, FileReader, LayerError};
-use crate::digest::Digest;
+use crate::digest::{Digest, ObjectId};
 use crate::manifest::{Compression, Layer};
-use crate::store::Ingest;
+use crate::store::{Ingest, StoreError};
 
 /// Bytes that are fetched on, after a layer turned out unreadable, to learn whether it was altered.
 const VERDICT_BYTES: u64 = 64 * 1024 * 1024;
@@ -92,13 +92,23 @@ impl<C: Clone> Front<'_, C> {
                     }
                 }
                 Segment::Held(bytes) => self.bytes(bytes, None)?,
-                Segment::Local(local) => {
+                Segment::Local(mut local) => {
                     // Of a compressed blob the other thread has the hash.
                     if self.anywhere() {
                         let mut hash = self.hash.clone();
-                        if !hash_local(&mut hash, &local, ingest, &plan.told)? {
+                        let mut name = local.object.is_none().then(blake3::Hasher::new);
+                        let take = |bytes: &[u8]| {
+                            hash.update(bytes);
+                            name.as_mut().map(|name| name.update(bytes));
+                        };
+                        if !hash_local(take, &local, ingest, &plan.told)? {
                             self.mark()?;
                             return Err(LayerError::Stopped(self.offset));
+                        }
+                        if let Some(name) = name {
+                            // Who wrote it need not have waited for the disk.
+                            sync(&ingest.folder().join(&local.name))?;
+                            local.object = Some(ObjectId::new(name.finalize(), local.executable));
                         }
                         *self.hash = hash;
                     }
@@ -158,9 +168,14 @@ impl<C: Clone> Front<'_, C> {
     }
 }
 
-/// Adds the bytes of a local file to `hash`; false where it was told to stop.
+fn sync(path: &std::path::Path) -> Result<(), LayerError> {
+    let synced = std::fs::File::open(path).and_then(|file| file.sync_all());
+    Ok(synced.map_err(|e| StoreError::io(format!("sync {}", path.display()), e))?)
+}
+
+/// Gives the bytes of a local file to `take`; false where it was told to stop.
 pub(super) fn hash_local(
-    hash: &mut Sha256,
+    mut take: impl FnMut(&[u8]),
     local: &Local,
     ingest: &Ingest,
     told: &Told,
@@ -173,7 +188,7 @@ pub(super) fn hash_local(
     let result =
         FileReader::open(&ingest.folder().join(&local.name), local.size).and_then(|mut file| {
             file.read(0..local.size, |bytes| {
-                hash.update(bytes);
+                take(bytes);
                 let before = share(read);
                 read += bytes.len() as u64;
                 goes_on = told(share(read) - before);
@@ -182,6 +197,6 @@ pub(super) fn hash_local(
         });
     match result {
         Ok(()) => Ok(goes_on),
-        Err(e) => Err(LayerError::Mismatch(format!("object {} is unreadable: {e}", local.object))),
+        Err(e) => Err(LayerError::Mismatch(format!("{} is unreadable: {e}", local.name))),
     }
 }

@@ -26,12 +26,14 @@ pub(crate) enum Segment {
     Local(Local),
 }
 
-/// A stored object in place of a part of the blob.
+/// A stored object, or a file that may become one, in place of a part of the blob.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Local {
     /// Its hard link in the layer's ingest folder.
     pub(crate) name: String,
-    pub(crate) object: ObjectId,
+    /// `None` for a file that is not the store's yet: hashing it shows.
+    pub(crate) object: Option<ObjectId>,
+    pub(crate) executable: bool,
     /// Its length.
     pub(crate) size: u64,
     /// What of the blob need not be fetched: the content, as it is packed there.

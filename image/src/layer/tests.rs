@@ -331,7 +331,9 @@ fn what_local_files_stood_in_for_is_proved_by_the_diff_id_after_a_stop_too() {
         let outset = resumed.outset();
         if outset.offset == 0 {
             let name = store.link_object(&object, size, &outset.folder).unwrap().unwrap();
-            let local = Local { name, object, size, range: range.clone(), again: 0, known: 0 };
+            let executable = object.executable();
+            let (object, range) = (Some(object), range.clone());
+            let local = Local { name, object, executable, size, range, again: 0, known: 0 };
             let plan = Plan::of(0..layer.blob.size, vec![local], &[], Arc::new(|_| true));
             resumed.follow(plan);
         }

@@ -234,7 +234,8 @@ impl Unpacker {
     ///
     /// [`LayerError::Mismatch`] where no such file has begun: the plan was wrong.
     pub(super) fn local(&mut self, local: &Local) -> Result<(), LayerError> {
-        let wrong = || LayerError::Mismatch(format!("no file like object {} there", local.object));
+        let wrong = || LayerError::Mismatch(format!("no file like {} there", local.name));
+        let object = local.object.ok_or_else(wrong)?;
         match &mut self.progress.reader {
             Reader::Tar(parser) => {
                 if !parser.pass_content(local.size) {
@@ -249,13 +250,12 @@ impl Unpacker {
                 self.open(String::new(), local.size, false, 0);
             }
         }
-        let executable = local.object.executable();
-        let kind = MemberKind::File { size: local.size, executable };
+        let kind = MemberKind::File { size: local.size, executable: local.executable };
         match &self.progress.open {
             Some(open) if open.member.kind == kind && self.writer.is_none() => {}
             _ => return Err(wrong()),
         }
-        self.complete(local.name.clone(), local.object);
+        self.complete(local.name.clone(), object);
         Ok(())
     }
 

@@ -53,8 +53,8 @@ impl Inner {
     pub(super) fn start_layer(
         self: &Arc<Self>,
         source: &Arc<dyn Source>,
-        layer: Layer,
-        diff_id: Option<Digest>,
+        (layer, diff_id): Key,
+        chain: Option<Digest>,
         urgency: &Urgency,
         stream: bool,
     ) -> LayerFlight {
@@ -82,9 +82,8 @@ impl Inner {
                         Ok(Some(done)) => Ok(done),
                         Err(error) => Err(error),
                         Ok(None) => {
-                            let whole = inner
-                                .bring_layer(&source, layer, diff_id, &shown, &mut skip, &stop);
-                            whole.await
+                            let (key, skip) = ((layer, diff_id), (&mut skip, chain));
+                            inner.bring_layer(&source, key, &shown, skip, &stop).await
                         }
                     };
                     match &done {
@@ -197,14 +196,14 @@ impl Inner {
         Ok(missing)
     }
 
-    /// `skip`: whether what is here may be used; afterwards, whether it was.
+    /// `skip`: whether what is here may be used; afterwards, whether it was. Beside it the layer's name in
+    /// the container runtime.
     async fn bring_layer(
         &self,
         source: &Arc<dyn Source>,
-        layer: Layer,
-        diff_id: Option<Digest>,
+        (layer, diff_id): Key,
         state: &LayerState,
-        skip: &mut bool,
+        (skip, chain): (&mut bool, Option<Digest>),
         stop: &CancellationToken,
     ) -> Result<LayerDone, PullError> {
         let digest = layer.blob.digest;
@@ -259,13 +258,15 @@ impl Inner {
         let outset = resumed.outset();
         let plan = if may_skip {
             let (source, state) = (Arc::clone(source), state.clone());
-            self.plan(Subject { source, layer, diff_id, outset, state }, stop).await
+            self.plan(Subject { source, layer, diff_id, chain, outset, state }, stop).await
         } else {
             Plan::plain(offset..layer.blob.size)
         };
         let ranges = plan.network();
-        let objects: HashSet<_> = plan.locals().map(|local| local.object).collect();
-        *skip = !objects.is_empty();
+        let objects: HashSet<_> = plan.locals().filter_map(|local| local.object).collect();
+        *skip = plan.locals().next().is_some();
+        let adopted = plan.locals().filter(|local| local.object.is_none());
+        let adopted_bytes = adopted.map(|local| local.size).sum();
         resumed.follow(plan);
         let (sender, mut chunks) = mpsc::channel(QUEUE);
         let unpacking =
@@ -283,10 +284,15 @@ impl Inner {
             self.suspect(objects).await;
         }
         match (unpacked, fetched) {
-            (Ok(Ok(done)), _) => Ok(LayerDone {
-                fetched_bytes: state.meter.read(Instant::now()).fetched_bytes,
-                written_bytes: done.written_bytes,
-            }),
+            (Ok(Ok(done)), _) => {
+                if let Some(runtime) = self.sources.runtime() {
+                    runtime.count(adopted_bytes);
+                }
+                Ok(LayerDone {
+                    fetched_bytes: state.meter.read(Instant::now()).fetched_bytes,
+                    written_bytes: done.written_bytes,
+                })
+            }
             (Ok(Err(LayerError::Stopped(_))), Err(why)) => Err(why),
             (Ok(Err(LayerError::Stopped(at))), Ok(())) => {
                 Err(PullError::Cancelled(name(format!("ended at byte {at}"))))

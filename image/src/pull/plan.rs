@@ -110,12 +110,11 @@ impl Inner {
             return Ok(Found { digest, download_bytes, layers: None });
         }
         let config = self.config(&*source, image.config).await?;
-        let layers = image.layers_with(&config)?;
-        let layers: BTreeSet<_> = layers.iter().map(PlacedLayer::key).collect();
-        let keys = layers.clone();
+        let placed = image.layers_with(&config)?;
+        let keys: BTreeSet<_> = placed.iter().map(PlacedLayer::key).collect();
         let mut missing = self.disk(move |store| store.missing(&keys)).await?;
-        self.lower(&source, &layers, &mut missing).await;
-        let layers = layers.into_iter().map(|(layer, _)| layer).collect();
+        self.lower(&source, &placed, &mut missing).await;
+        let layers = placed.iter().map(|placed| placed.layer).collect();
         Ok(Found { digest, download_bytes, layers: Some((layers, missing)) })
     }
 }

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::board::Entry;
 use super::fetch::retry;
 use super::layers::{LayerDone, LayerFlight};
+use super::skip::chains;
 use super::{Inner, PullError, PullPolicy, PullRequest, PullState, Pulled};
 use crate::digest::Digest;
 use crate::manifest::{Blob, ImageManifest, Manifest, PlacedLayer};
@@ -307,10 +308,9 @@ impl Inner {
             layers: distinct.iter().map(|(layer, _)| layer.blob.digest).collect(),
             coming: BTreeMap::new(),
         };
-        let keys = distinct.clone();
         let (asked, lease) = self
             .disk(move |store| {
-                pull.coming = store.missing(&keys)?;
+                pull.coming = store.missing(&distinct)?;
                 let lease = store.admit(&pull, false)?;
                 Ok((pull, lease))
             })
@@ -320,7 +320,7 @@ impl Inner {
         }
         // It is tight: worth a look at how much of the layers would come at all.
         let mut pull = asked;
-        self.lower(source, &distinct, &mut pull.coming).await;
+        self.lower(source, layers, &mut pull.coming).await;
         let lease = self.disk(move |store| store.admit(&pull, true)).await?;
         lease.ok_or_else(|| PullError::Cancelled(format!("pull {reference}: was not let in")))
     }
@@ -348,15 +348,15 @@ impl Inner {
         let mut started = BTreeSet::new();
         let mut missing: Vec<_> = layers
             .iter()
-            .filter(|placed| !here.contains(&placed.key()) && started.insert(placed.key()))
+            .zip(chains(layers))
+            .filter(|(placed, _)| !here.contains(&placed.key()) && started.insert(placed.key()))
             .collect();
         if stream.is_some() {
             // Who reads meanwhile wants the small ones first.
-            missing.sort_by_key(|placed| placed.layer.blob.size > SMALL_BYTES);
+            missing.sort_by_key(|(placed, _)| placed.layer.blob.size > SMALL_BYTES);
         }
-        let start = |placed: &PlacedLayer| {
-            let PlacedLayer { layer, diff_id, .. } = placed;
-            self.start_layer(source, *layer, *diff_id, &entry.urgency, stream.is_some())
+        let start = |(placed, chain): (&PlacedLayer, Option<Digest>)| {
+            self.start_layer(source, placed.key(), chain, &entry.urgency, stream.is_some())
         };
         let flights: Vec<_> = missing.into_iter().map(start).collect();
         let present_bytes = here.iter().map(|(layer, _)| layer.blob.size).sum();

@@ -7,7 +7,8 @@
 //! What is looked at depends on the layer:
 //!
 //! - *an uncompressed tar*: its headers one after the other; where a stored object has a file's
-//!   size, a few samples of both are compared;
+//!   size, a few samples of both are compared; and where the container runtime has the layer unpacked,
+//!   the file of that path and size is taken for it;
 //! - *zstd:chunked and eStargz* ([`toc`]): the table of contents, whose digests are compared with
 //!   those of stored objects;
 //! - *a raw file*: objects of its size, by SHA-256 where that is known or cheap, and by samples;
@@ -21,7 +22,7 @@
 //!   is asked, and requests, bytes, and local reads are bounded.
 //! - **No byte is fetched twice**: what came while looking becomes part of the plan.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -40,7 +41,8 @@ use super::toc::{self, TocFile};
 use crate::digest::{Digest, ObjectId};
 use crate::layer::tar::{Event, MemberKind, Parser};
 use crate::layer::{FileReader, Local, Outset, Plan, Told, overlaps};
-use crate::manifest::{Compression, Content, Layer};
+use crate::manifest::{Compression, Content, Layer, PlacedLayer};
+use crate::runtime::{Snapshot, chain_ids};
 use crate::source::Source;
 use crate::store::{BySize, Candidate, MIN_FILE_BYTES, Store};
 
@@ -73,6 +75,8 @@ pub(super) struct Subject {
     pub(super) source: Arc<dyn Source>,
     pub(super) layer: Layer,
     pub(super) diff_id: Option<Digest>,
+    /// What the container runtime calls the layer over those below it.
+    pub(super) chain: Option<Digest>,
     pub(super) outset: Outset,
     pub(super) state: LayerState,
 }
@@ -84,7 +88,7 @@ impl Inner {
     ///
     /// Ends at once when `stop` is cancelled, with the plan as it is then.
     pub(super) async fn plan(&self, subject: Subject, stop: &CancellationToken) -> Plan {
-        let Subject { source, layer, diff_id, outset, state } = subject;
+        let Subject { source, layer, diff_id, chain, outset, state } = subject;
         let rest = outset.offset..layer.blob.size;
         if rest.end - rest.start < MIN_FILE_BYTES {
             return Plan::plain(rest);
@@ -95,8 +99,14 @@ impl Inner {
                 store.refresh(&mut sizes.lock().unwrap_or_else(PoisonError::into_inner))
             })
             .await;
+        let snapshot = match (layer.content, layer.compression, chain, self.sources.runtime()) {
+            (Content::Tar, Compression::None, Some(chain), Some(runtime)) => {
+                runtime.snapshot(&chain, &outset.folder).await.map(Arc::new)
+            }
+            _ => None,
+        };
         let by_size = match by_size {
-            Ok(by_size) if !by_size.is_empty() => by_size,
+            Ok(by_size) if !by_size.is_empty() || snapshot.is_some() => by_size,
             Ok(_) => return Plan::plain(rest),
             Err(error) => {
                 tracing::warn!(layer = %layer.blob.digest, %error, "not looking for what is here");
@@ -109,6 +119,7 @@ impl Inner {
             layer,
             folder: Arc::new(outset.folder),
             by_size,
+            snapshot,
             state: state.clone(),
             held: Vec::new(),
             locals: Vec::new(),
@@ -160,17 +171,20 @@ impl Inner {
     pub(super) async fn lower(
         &self,
         source: &Arc<dyn Source>,
-        layers: &BTreeSet<(Layer, Option<Digest>)>,
+        layers: &[PlacedLayer],
         coming: &mut BTreeMap<String, u64>,
     ) {
-        let mut missing: Vec<(Layer, Option<Digest>)> = layers.iter().copied().collect();
-        missing.retain(|(layer, _)| coming.contains_key(&layer.record_name()));
+        let chains = chains(layers);
+        let mut missing: Vec<_> = layers.iter().map(PlacedLayer::key).zip(chains).collect();
+        missing.sort_unstable();
+        missing.dedup_by_key(|(key, _)| *key);
+        missing.retain(|((layer, _), _)| coming.contains_key(&layer.record_name()));
         for some in missing.chunks(LOOKS) {
             let mut looks = Vec::new();
-            for (layer, diff_id) in some {
-                looks.push(self.would_fetch(source, *layer, *diff_id));
+            for (key, chain) in some {
+                looks.push(self.would_fetch(source, *key, *chain));
             }
-            for ((layer, _), bytes) in some.iter().zip(join_all(looks).await) {
+            for (((layer, _), _), bytes) in some.iter().zip(join_all(looks).await) {
                 if let (Some(figure), Some(bytes)) = (coming.get_mut(&layer.record_name()), bytes) {
                     *figure = bytes.min(*figure);
                 }
@@ -182,8 +196,8 @@ impl Inner {
     async fn would_fetch(
         &self,
         source: &Arc<dyn Source>,
-        layer: Layer,
-        diff_id: Option<Digest>,
+        (layer, diff_id): (Layer, Option<Digest>),
+        chain: Option<Digest>,
     ) -> Option<u64> {
         // Candidates are linked, so that they stay while they are looked at.
         let folder = self.disk(Store::scratch).await.ok()?;
@@ -198,7 +212,8 @@ impl Inner {
             urgency: Arc::new(Urgency::new(Priority::Demand)),
             shown: Shown::default(),
         };
-        let subject = Subject { source: Arc::clone(source), layer, diff_id, outset, state };
+        let source = Arc::clone(source);
+        let subject = Subject { source, layer, diff_id, chain, outset, state };
         let plan = self.plan(subject, &CancellationToken::new()).await;
         let bytes = plan.network().iter().map(length).sum::<u64>() + plan.held();
         // Removing it is disk work, too; a failure leaves it to the next start.
@@ -227,6 +242,16 @@ impl Inner {
     }
 }
 
+/// What the container runtime calls each layer over those below it, where the image says what they
+/// unpack to.
+pub(super) fn chains(layers: &[PlacedLayer]) -> Vec<Option<Digest>> {
+    let diff_ids: Option<Vec<Digest>> = layers.iter().map(|placed| placed.diff_id).collect();
+    match diff_ids {
+        Some(diff_ids) => chain_ids(diff_ids).into_iter().map(Some).collect(),
+        None => vec![None; layers.len()],
+    }
+}
+
 /// Looks for what of one layer is here.
 struct Scout<'a> {
     inner: &'a Inner,
@@ -234,6 +259,8 @@ struct Scout<'a> {
     layer: Layer,
     folder: Arc<std::path::PathBuf>,
     by_size: Arc<BySize>,
+    /// The layer as the container runtime has it unpacked.
+    snapshot: Option<Arc<Snapshot>>,
     state: LayerState,
     /// What came meanwhile, by its place in the blob, in order, without overlaps.
     held: Vec<(u64, Bytes)>,
@@ -250,10 +277,13 @@ impl Scout<'_> {
     /// A tar: from header to header.
     async fn walk(&mut self, mut parser: Parser, begun: Option<(u64, bool)>) -> Result<(), Halt> {
         let size = self.layer.blob.size;
-        let smallest = self.by_size.keys().next().copied().unwrap_or(u64::MAX);
+        let smallest = match &self.snapshot {
+            Some(_) => MIN_FILE_BYTES,
+            None => self.by_size.keys().next().copied().unwrap_or(u64::MAX),
+        };
         let mut probe = PROBE_BYTES;
         if let Some((length, executable)) = begun {
-            self.member(parser.offset(), length, executable).await?;
+            self.member(None, parser.offset(), length, executable).await?;
         }
         parser.skip();
         while !parser.is_done() && size.saturating_sub(parser.offset()) > smallest {
@@ -270,7 +300,7 @@ impl Scout<'_> {
                 let Event::Member(member) = event else { continue };
                 let begins = parser.offset();
                 if let MemberKind::File { size: length, executable } = member.kind {
-                    self.member(begins, length, executable).await?;
+                    self.member(Some(member.path), begins, length, executable).await?;
                     probe = if length < MIN_FILE_BYTES { WIDE_PROBE_BYTES } else { PROBE_BYTES };
                 }
                 parser.skip();
@@ -281,15 +311,33 @@ impl Scout<'_> {
         Ok(())
     }
 
-    /// Looks whether a tar's file, whose content begins there, is here.
-    async fn member(&mut self, begins: u64, size: u64, executable: bool) -> Result<(), Halt> {
+    /// Looks whether a tar's file, whose content begins there, is here: in the store, or in the layer's
+    /// snapshot under its `path`.
+    async fn member(
+        &mut self,
+        path: Option<String>,
+        begins: u64,
+        size: u64,
+        executable: bool,
+    ) -> Result<(), Halt> {
         let end = begins.saturating_add(size);
         if end > self.layer.blob.size {
             return Err("a file in it is longer than the layer".to_owned());
         }
         let candidates = self.candidates(size, executable);
+        let range = begins..end;
         if let Some((name, object)) = self.sampled(candidates, begins, size).await? {
-            self.found(Local { name, object, size, range: begins..end, again: 0, known: 0 });
+            let object = Some(object);
+            self.found(Local { name, object, executable, size, range, again: 0, known: 0 });
+        } else if let (Some(snapshot), Some(path)) = (&self.snapshot, path)
+            && size >= MIN_FILE_BYTES
+        {
+            let name = format!("adopted-{begins}");
+            let (snapshot, to) = (Arc::clone(snapshot), self.folder.join(&name));
+            if self.disk(move |_| snapshot.link(&path, size, executable, &to)).await? {
+                let object = None;
+                self.found(Local { name, object, executable, size, range, again: 0, known: 0 });
+            }
         }
         Ok(())
     }
@@ -325,7 +373,8 @@ impl Scout<'_> {
             candidates = hashed.await?.into_iter().collect();
         }
         if let Some((name, object)) = self.sampled(candidates, 0, size).await? {
-            self.found(Local { name, object, size, range: 0..size, again: 0, known: 0 });
+            let (object, range) = (Some(object), 0..size);
+            self.found(Local { name, object, executable: false, size, range, again: 0, known: 0 });
         }
         Ok(())
     }
@@ -468,8 +517,10 @@ fn local_files(
             .collect();
         if let Some((name, object)) = first_linked(store, candidates, file.size, folder) {
             at = file.range.end;
-            let (range, again) = (file.range.clone(), file.again);
-            locals.push(Local { name, object, size: file.size, range, again, known: 0 });
+            let &TocFile { size, again, .. } = file;
+            let (executable, object) = (object.executable(), Some(object));
+            let range = file.range.clone();
+            locals.push(Local { name, object, executable, size, range, again, known: 0 });
         }
     }
     locals

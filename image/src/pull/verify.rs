@@ -327,9 +327,10 @@ impl Inner {
         if run.options.repair {
             for (object, _) in damaged.iter().filter(|(_, fault)| fault.is_mode) {
                 let object = *object;
-                self.disk(move |store| store.restore_mode(&object)).await?;
-                left.remove(&object);
-                repaired.insert(object);
+                if self.disk(move |store| store.restore_mode(&object)).await? {
+                    left.remove(&object);
+                    repaired.insert(object);
+                }
             }
             for (layer, references) in &owners.references {
                 for reference in references {

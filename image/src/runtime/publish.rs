@@ -134,6 +134,10 @@ impl Runtime {
         let session = self.session(namespace, root).await?;
         let publishing = Publishing { session: &session, store, whole: &whole };
         let done = publishing.run(names, what.pinned).await;
+        if matches!(done, Err(PublishError::Away(_))) {
+            // Another one may come back.
+            self.link().publishes = None;
+        }
         // The snapshots are kept by the image now, or by nothing.
         if let Err(status) = session.end().await {
             tracing::debug!(%status, "a lease in containerd ends by its time");
@@ -146,22 +150,35 @@ impl Runtime {
         Ok(published)
     }
 
+    /// Whether images can be published, and files taken over, without a copy; tried out where that is not
+    /// known yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`Runtime::publish`].
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`Runtime::publish`].
+    pub async fn shares_files_with(&self, store: &Store) -> Result<(), PublishError> {
+        self.room_for(store).await.map(drop)
+    }
+
     /// overlayfs' folder, where snapshots can be made of the store's files.
     async fn room_for(&self, store: &Store) -> Result<PathBuf, PublishError> {
-        if let Some(known) = &self.link().publishes {
+        if let Some((_, known)) =
+            self.link().publishes.as_ref().filter(|(at, _)| at == store.root())
+        {
             return known.clone().map_err(PublishError::NotPossible);
         }
         let found = match self.try_out(store).await {
             Err(PublishError::NotPossible(why)) => Err(why),
             found => Ok(found?),
         };
-        match &found {
-            Ok(root) => {
-                tracing::info!(snapshots = %root.display(), "images can be given to containerd")
-            }
-            Err(why) => tracing::info!(why, "images cannot be given to containerd without a copy"),
+        if let Err(why) = &found {
+            tracing::info!(why, "images cannot be given to containerd without a copy");
         }
-        self.link().publishes = Some(found.clone());
+        self.link().publishes = Some((store.root().to_owned(), found.clone()));
         found.map_err(PublishError::NotPossible)
     }
 

@@ -8,7 +8,7 @@
 //! What a crash leaves of either, the next start or the next collection finds and ends.
 
 use std::collections::BTreeSet;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{Context as _, StoreError};
 use super::ingest::remove_tree;
-use super::record::Lock;
+use super::record::{self, Lock};
 use super::{LayerRecord, RecordKind, RefRecord, Store, trees};
 use crate::crash;
 use crate::digest::Digest;
@@ -100,7 +100,8 @@ impl Store {
     }
 
     /// Removes every object that neither a tree nor a pull in flight uses, and every partial layer that
-    /// no pull is at: who asks for room gets all there is.
+    /// no pull is at: who asks for room gets all there is. An object whose file only the container runtime
+    /// still has goes, too, and frees nothing.
     pub fn collect(&self) -> Result<Collected, StoreError> {
         self.collect_but(&BTreeSet::new())
     }
@@ -151,7 +152,8 @@ impl Store {
         self.drop_unused_views()?;
         let mut leased = self.leased()?;
         leased.extend(young);
-        let mut kept: BTreeSet<OsString> = BTreeSet::new();
+        let images = self.layers_of_images()?;
+        let (mut kept, mut used) = (BTreeSet::new(), BTreeSet::new());
         let mut records = Vec::new();
         for name in self.layer_records().names()? {
             // A damaged record protects nothing and goes: its layer is pulled again.
@@ -160,17 +162,29 @@ impl Store {
                 self.layer_records().remove(&name)?;
                 continue;
             };
+            let names = || record.objects().map(|(id, _)| OsString::from(id.to_string()));
             if leased.contains(&record.digest) {
-                kept.extend(record.objects().map(|(id, _)| OsString::from(id.to_string())));
+                kept.extend(names());
+            }
+            if images.as_ref().is_some_and(|layers| layers.contains(&record.digest)) {
+                used.extend(names());
             }
             records.push((name, record));
         }
+        // Only where all is known of what images use can a file that has other names be of no use: one that
+        // only the container runtime still has.
+        let recorded: BTreeSet<Digest> = records.iter().map(|(_, record)| record.digest).collect();
+        let used = images.is_some_and(|layers| layers.is_subset(&recorded)).then_some(used);
+        let in_use = |name: &OsStr, links: u64| match &used {
+            Some(used) => links > 1 && used.contains(name),
+            None => links > 1,
+        };
 
         let mut collected = Collected { objects: 0, bytes: partial_bytes };
         let mut kept_bytes = 0;
         self.walk_objects(|path, meta| {
             let name = path.file_name().unwrap_or_default();
-            if meta.nlink() > 1 || kept.contains(name) {
+            if in_use(name, meta.nlink()) || kept.contains(name) {
                 kept_bytes += meta.blocks() * 512;
                 return Ok(());
             }
@@ -181,7 +195,8 @@ impl Store {
                 _ => {}
             }
             collected.objects += 1;
-            collected.bytes += meta.blocks() * 512;
+            // Whoever else has the file keeps its bytes.
+            collected.bytes += if meta.nlink() == 1 { meta.blocks() * 512 } else { 0 };
             crash::point("collect: an object is gone");
             Ok(())
         })?;
@@ -197,6 +212,21 @@ impl Store {
             }
         }
         Ok(collected)
+    }
+
+    /// The layers of all images; `None` where an image's record cannot be read.
+    fn layers_of_images(&self) -> Result<Option<BTreeSet<Digest>>, StoreError> {
+        let mut layers = BTreeSet::new();
+        for image in self.tree_digests()? {
+            match record::read::<trees::TreeRecord>(&self.tree(&image).join("tree.json")) {
+                Ok(Some(tree)) => {
+                    layers.extend(tree.into_image(Vec::new()).layers.iter().map(|l| l.digest));
+                }
+                Ok(None) | Err(StoreError::Corrupt(_)) => return Ok(None),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Some(layers))
     }
 
     /// What a removal that was cut off has left.

@@ -213,7 +213,8 @@ impl<'a> Checker<'a> {
             ));
         }
         let (mode, must) = (meta.mode() & 0o7777, object_mode(object.executable()).as_raw_mode());
-        if mode != must {
+        // An adopted file may have kept its owner's write bit, which is of no use below a read-only mount.
+        if mode & !0o200 != must {
             let why = format!("has the mode {mode:04o} instead of {must:04o}");
             return Ok(Some(Fault { why, is_mode: true }));
         }
@@ -313,11 +314,24 @@ impl Store {
         }
     }
 
-    /// Gives an object whose content is right its mode.
-    pub(crate) fn restore_mode(&self, object: &ObjectId) -> Result<(), StoreError> {
+    /// Gives an object whose content is right its mode; false where the file has names elsewhere, too, and
+    /// its mode is not ours to set.
+    pub(crate) fn restore_mode(&self, object: &ObjectId) -> Result<bool, StoreError> {
         let path = self.object(object);
-        let mode = object_mode(object.executable());
-        rustix::fs::chmod(&path, mode).context(|| format!("chmod {}", path.display()))
+        let what = || format!("chmod {}", path.display());
+        let meta = fs::symlink_metadata(&path).context(what)?;
+        let is_it = |entry: &walkdir::DirEntry| {
+            use walkdir::DirEntryExt as _;
+            entry.ino() == meta.ino() && entry.file_type().is_file()
+        };
+        let names = ["trees", "ingest"].map(|own| {
+            walkdir::WalkDir::new(self.path(own)).into_iter().flatten().filter(is_it).count()
+        });
+        if meta.nlink() > 1 + names.iter().map(|names| *names as u64).sum::<u64>() {
+            return Ok(false);
+        }
+        rustix::fs::chmod(&path, object_mode(object.executable())).context(what)?;
+        Ok(true)
     }
 
     /// The references that mean `image`, sorted.

@@ -29,7 +29,8 @@ pub(crate) fn run(carport: &Path, report: &mut Report) -> anyhow::Result<()> {
     let packed = Command::new(carport).args(pack).arg(&model).arg(&reference).output()?;
     ensure!(packed.status.success(), "pack: {}", String::from_utf8_lossy(&packed.stderr));
     fs::remove_dir_all(&model)?;
-    containerd.run(NAMESPACE, &["images", "pull", "--plain-http", &reference])?;
+    // Not unpacked: its files would be taken over as they are.
+    containerd.run(NAMESPACE, &["content", "fetch", "--plain-http", &reference])?;
     let files: Vec<_> = blobs(&registry, "bench/model", &reference)?
         .iter()
         .map(|blob| containerd.blob(blob))

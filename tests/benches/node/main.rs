@@ -14,6 +14,7 @@ use anyhow::Context as _;
 mod containerd;
 mod finetune;
 mod ingest;
+mod links;
 mod locality;
 mod measure;
 mod packed;
@@ -49,6 +50,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("ingest") {
         ingest::run(carport, &mut report).context("bench of what containerd has")?;
+    }
+    if wanted("links") {
+        links::run(carport, &mut report).await.context("bench of files shared with containerd")?;
     }
     if wanted("publish") {
         publish::run(carport, &mut report).await.context("bench of publishes")?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use carport_csi::mount::{KernelMounter, MountPoint, Mounter as _};
 use carport_image::Store;
+use carport_image::runtime::PublishError;
 
 use super::Check;
 use crate::config::Config;
@@ -135,6 +136,31 @@ fn future_store(root: &Path) -> Check {
             "mount a writable folder there, or name another one in `root`",
         ),
     }
+}
+
+/// Whether files can be shared with containerd; nothing where there is none, or no store yet.
+pub(super) async fn runtime(config: &Config) -> Option<Check> {
+    let socket = &config.runtime.containerd.socket;
+    if !config.runtime.containerd.enabled
+        || !socket.exists()
+        || !config.root.join("format").exists()
+    {
+        return None;
+    }
+    let (sources, store) = (config.sources().ok()?, Store::open(&config.root).ok()?);
+    Some(match sources.runtime()?.shares_files_with(&store).await {
+        Ok(()) => Check::ok("containerd", format!("{} shares its files", socket.display())),
+        Err(PublishError::NotPossible(why)) => Check::warn(
+            "containerd",
+            format!("{}: {why}", socket.display()),
+            "its files are copied: let one mount reach both, as docs/runtime.md shows",
+        ),
+        Err(error) => Check::warn(
+            "containerd",
+            format!("{}: {error}", socket.display()),
+            "images are fetched from their registries until it answers",
+        ),
+    })
 }
 
 /// A file and a second name for it, and both gone again.
