@@ -11,16 +11,20 @@ const CARPORT: [&str; 4] = [
     "proto/carport/v1/cache.proto",
 ];
 
-const KUBELET: [&str; 3] = [
+const KUBELET: [&str; 4] = [
     "proto/csi/v1/csi.proto",
     "proto/pluginregistration/v1/api.proto",
     "proto/podresources/v1/api.proto",
+    "proto/cri/v1/api.proto",
 ];
 
 /// Messages whose derived `Debug` would print secrets, pod tokens or mount
 /// options; `src/redact.rs` writes theirs by hand.
-const SECRET: [&str; 2] =
-    [".csi.v1.NodePublishVolumeRequest", ".csi.v1.VolumeCapability.MountVolume"];
+const SECRET: [&str; 3] = [
+    ".csi.v1.NodePublishVolumeRequest",
+    ".csi.v1.VolumeCapability.MountVolume",
+    ".runtime.v1.AuthConfig",
+];
 
 fn main() -> io::Result<()> {
     require_protoc()?;

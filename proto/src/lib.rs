@@ -3,6 +3,7 @@
 //! - [`carport::v1`]: the agent's own API, with [`FILE_DESCRIPTOR_SET`] for reflection;
 //! - [`csi::v1`], [`pluginregistration::v1`]: what the kubelet calls, as much of it as is served;
 //! - [`podresources::v1`]: what the kubelet answers, as much of it as is asked;
+//! - [`cri::v1`]: what the container runtime answers, as much of it as is asked;
 //! - [`client`]: a channel to an agent's unix socket.
 //!
 //! Generated types stop at the adapters that use this crate: nothing below
@@ -44,6 +45,16 @@ pub mod podresources {
     pub mod v1 {
         #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
         tonic::include_proto!("v1");
+    }
+}
+
+/// The Container Runtime Interface: images in the node's container runtime.
+pub mod cri {
+    /// Version 1: `ImageService`, and of `RuntimeService` who answers. The package's name on the wire is
+    /// `runtime.v1`.
+    pub mod v1 {
+        #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated")]
+        tonic::include_proto!("runtime.v1");
     }
 }
 

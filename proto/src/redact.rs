@@ -6,6 +6,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 
+use crate::cri::v1::AuthConfig;
 use crate::csi::v1::NodePublishVolumeRequest;
 use crate::csi::v1::volume_capability::MountVolume;
 
@@ -44,10 +45,34 @@ impl fmt::Debug for MountVolume {
     }
 }
 
+impl fmt::Debug for AuthConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self {
+            Self { registry_token, .. } if !registry_token.is_empty() => "a registry token",
+            Self { identity_token, .. } if !identity_token.is_empty() => "an identity token",
+            Self { username, .. } if !username.is_empty() => "a password",
+            _ => "nothing",
+        };
+        write!(f, "AuthConfig({kind})")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::csi::v1::{VolumeCapability, volume_capability};
+
+    #[test]
+    fn printing_a_login_shows_its_kind_alone() {
+        let secret = || "hunter2".to_owned();
+        let password =
+            AuthConfig { username: secret(), password: secret(), ..AuthConfig::default() };
+        let identity = AuthConfig { identity_token: secret(), ..AuthConfig::default() };
+        let token = AuthConfig { registry_token: secret(), ..AuthConfig::default() };
+        let shown = [password, identity, token].map(|login| format!("{login:?}"));
+        let kinds = ["a password", "an identity token", "a registry token"];
+        assert_eq!(shown, kinds.map(|kind| format!("AuthConfig({kind})")));
+    }
 
     #[test]
     fn printing_a_publish_request_shows_keys_and_no_value() {
