@@ -26,6 +26,7 @@ use carport_image::source::{RegistryOptions, SourceError, Sources};
 use carport_image::store::Limits;
 use serde::{Deserialize, Serialize};
 
+use crate::cri::Cri;
 use crate::gpu::GpuOptions;
 
 mod defaults;
@@ -35,6 +36,9 @@ pub mod text;
 pub use defaults::default_file;
 pub use load::ConfigError;
 pub use text::Rate;
+
+/// Where CRI-O listens.
+const CRIO_SOCKET: &str = "/run/crio/crio.sock";
 
 /// All that can be configured. `Default` is what the user who runs the process gets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -232,6 +236,19 @@ pub struct Registries {
 pub struct ContainerRuntime {
     /// containerd.
     pub containerd: Containerd,
+    /// The same runtime, or another, as the kubelet speaks to it.
+    pub cri: CriEndpoint,
+}
+
+/// The Container Runtime Interface, through which images are pulled into the runtime.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct CriEndpoint {
+    /// Whether it is asked at all.
+    pub enabled: bool,
+    /// Its socket; absent: containerd's, else CRI-O's usual one, whichever is there.
+    #[serde(deserialize_with = "text::optional_socket_path")]
+    pub socket: Option<PathBuf>,
 }
 
 /// containerd, and what of it is used.
@@ -432,6 +449,18 @@ impl Config {
             true => sources.with_runtime(Runtime::new(RuntimeOptions { socket, namespaces })),
             false => sources,
         })
+    }
+
+    /// The container runtime as the kubelet speaks to it; nothing where it is not to be asked.
+    pub fn cri(&self) -> Option<Cri> {
+        let CriEndpoint { enabled, socket } = &self.runtime.cri;
+        let containerd = &self.runtime.containerd;
+        let usual = || {
+            let containerd = containerd.enabled.then(|| containerd.socket.clone());
+            containerd.into_iter().chain([PathBuf::from(CRIO_SOCKET)]).collect()
+        };
+        let sockets = socket.clone().map_or_else(usual, |socket| vec![socket]);
+        enabled.then(|| Cri::new(sockets))
     }
 
     /// What `carport-image` wants to know of it.

@@ -3,7 +3,7 @@
 //! ```text
 //! cli ─► config ─► run ─┬─► api ─► placement   gRPC on a unix socket   ◄─┐
 //!                       ├─► http, metrics      for scrapers and probes ◄─┴─ state: one value
-//!                       ├─► prepull            what must be here             ▲ store, pulls, volumes
+//!                       ├─► prepull, cri       what must be here             ▲ store, pulls, volumes
 //!                       ├─► watermark          what must go                  │
 //!                       ├─► gpu                NVML's thread ────────────────┘
 //!                       └─► carport-csi        volumes for the kubelet
@@ -16,6 +16,7 @@ pub mod api;
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod cri;
 pub mod gpu;
 pub mod http;
 pub mod logging;

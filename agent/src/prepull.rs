@@ -1,14 +1,14 @@
 //! Pre-pull by declaration: what a list names is brought to the node.
 //!
 //! ```text
-//! list, labels ─► List ─► Plan ─► tries, a few at a time ─► Puller ─► pin, warm
-//!   ▲ directory watch,     ▲                                  │
+//! list, labels ─► List ─► Plan ─► tries, a few at a time ─┬─► Puller ─► pin, warm
+//!   ▲ directory watch,     ▲                              └─► IntoRuntime: CRI ─► pin
 //!     a look a minute      └── how each ended, clocks, GPUs ◄─┘ ─► Report ─► node's state, metrics
 //! ```
 //!
 //! The list is a YAML file, mostly a mounted ConfigMap; `docs/prepull.md` describes it. How it is
 //! read is in [`list`]; when an entry may be pulled in [`schedule`] and [`when`]; what comes next in
-//! `plan`.
+//! `plan`; how an image comes into the container runtime in `into_runtime`.
 //!
 //! # What always holds
 //!
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use carport_image::pull::{Bandwidth, Priority, PullPolicy, PullRequest, Pulled};
-use carport_image::{Digest, PullError, Puller, Reference, Store};
+use carport_image::{Digest, PullError, Puller, Reference, Runtime, Store};
 use jiff::Timestamp;
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::{Notify, watch};
@@ -41,13 +41,15 @@ use crate::metrics::Metrics;
 use crate::state::NodeState;
 use crate::warm::Warmer;
 
+mod into_runtime;
 pub mod list;
 mod pins;
 mod plan;
 pub mod schedule;
 pub mod when;
 
-pub use list::{Entry, List};
+pub use into_runtime::IntoRuntime;
+pub use list::{Entry, List, Target};
 use plan::{Ended, Node, Plan, Start};
 use when::Labels;
 
@@ -59,6 +61,8 @@ const UNWATCHED: Duration = Duration::from_secs(5);
 const DEBOUNCE: Duration = Duration::from_millis(100);
 /// Windows open and shut by the wall clock, which may jump: it is looked at so often.
 const WALL_CLOCK: Duration = Duration::from_secs(15);
+/// How often the progress of the container runtime's pulls is told.
+const PROGRESS: Duration = Duration::from_secs(5);
 
 /// Where an entry of the list is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +102,8 @@ pub struct EntryReport {
     pub name: String,
     /// The image.
     pub reference: Reference,
+    /// Where it is to be.
+    pub target: Target,
     /// What that meant when it was last brought here.
     pub digest: Option<Digest>,
     /// Where it is.
@@ -128,6 +134,8 @@ pub struct Prepull {
     pub start_jitter: Duration,
     /// What pulls.
     pub puller: Puller,
+    /// What has the container runtime pull. Absent: it is not to be asked.
+    pub runtime: Option<IntoRuntime>,
     /// What reads into the page cache.
     pub warmer: Warmer,
     /// The node, for its GPUs.
@@ -159,6 +167,7 @@ impl Prepull {
             plan: Plan::default(),
             error: None,
             tries: JoinSet::new(),
+            unpinned: true,
         };
         let mut last_seen = None;
         let mut look = true;
@@ -169,9 +178,11 @@ impl Prepull {
                 if last_seen.as_ref() != Some(&content) {
                     if engine.adopt(&content) {
                         engine.unpin_the_rest().await;
+                        engine.unpinned = false;
                     }
                     last_seen = Some(content);
                 }
+                engine.unpin_in_runtime().await;
                 looked = Instant::now();
             }
             engine.drive();
@@ -216,6 +227,8 @@ struct Engine {
     /// As last looked at.
     gpus: Arc<GpuInventory>,
     tries: JoinSet<Tried>,
+    /// Whether the container runtime keeps nothing any more that has left the list.
+    unpinned: bool,
 }
 
 impl Engine {
@@ -282,9 +295,24 @@ impl Engine {
         }
     }
 
+    /// The same in the container runtime, which may be away: tried again with each look.
+    async fn unpin_in_runtime(&mut self) {
+        if let (Some(runtime), false) = (&self.prepull.runtime, self.unpinned) {
+            self.unpinned = runtime.unpin_all_but(&self.plan.pinned_in_runtime()).await;
+        }
+    }
+
     /// Starts what is due, and tells where everything is.
     fn drive(&mut self) {
-        self.gpus = Arc::clone(&self.state.borrow().gpus);
+        let state = Arc::clone(&self.state.borrow());
+        self.gpus = Arc::clone(&state.gpus);
+        let inventory = &state.runtime;
+        if let (true, true, Some(listed_at)) =
+            (inventory.connected, self.sees_runtime(), inventory.listed_at)
+        {
+            let has = |image: &Reference| inventory.find(None, Some(image)).is_some();
+            self.plan.look_at_runtime(listed_at, Instant::now(), has);
+        }
         let node = Node {
             labels: &self.labels,
             gpus: &self.gpus,
@@ -292,7 +320,8 @@ impl Engine {
             now: Instant::now(),
         };
         for start in self.plan.turn(node) {
-            self.tries.spawn(bring(start, self.prepull.puller.clone()));
+            let runtime = self.prepull.runtime.clone();
+            self.tries.spawn(bring(start, self.prepull.puller.clone(), runtime));
         }
         let report = Report { error: self.error.clone(), entries: self.plan.report() };
         self.prepull.report.send_if_modified(|told| {
@@ -311,24 +340,34 @@ impl Engine {
         let image = &start.entry.image;
         let here = match &ended {
             Ended::Here(digest) => Some(*digest),
+            Ended::NoRoom(why) | Ended::Failed(why) if start.entry.target == Target::Runtime => {
+                tracing::warn!(%image, why, "pull into the container runtime; again later");
+                None
+            }
             Ended::NoRoom(_) | Ended::Failed(_) => {
                 // Why, the puller has told.
                 tracing::info!(%image, "pre-pull again later");
                 None
             }
-            Ended::Stopped => None,
+            Ended::There { .. } | Ended::Stopped => None,
         };
-        let listed = self.plan.ended(image, start.run, ended, Instant::now(), random());
+        let listed = self.plan.ended(&start.entry, start.run, ended, Instant::now(), random());
         if let (true, Some(digest), true) = (listed, here, start.entry.warm_page_cache) {
             self.prepull.warmer.warm(digest);
         }
         listed && start.was.is_some() && here.is_some() && here != start.was
     }
 
+    /// Whether the images that pods run are in the inventory.
+    fn sees_runtime(&self) -> bool {
+        self.prepull.puller.runtime().is_none_or(Runtime::sees_pods)
+    }
+
     fn wake(&self, look: Instant) -> Instant {
         let now = Instant::now();
         let clock = self.plan.has_windows().then(|| now + WALL_CLOCK);
-        [self.plan.next_due(now), clock].into_iter().flatten().fold(look, Instant::min)
+        let progress = self.plan.is_arriving().then(|| now + PROGRESS);
+        [self.plan.next_due(now), clock, progress].into_iter().flatten().fold(look, Instant::min)
     }
 }
 
@@ -340,8 +379,15 @@ async fn other_gpus(state: &mut watch::Receiver<Arc<NodeState>>, seen: &Arc<GpuI
     }
 }
 
-/// Brings one image here, or gives up when told to.
-async fn bring(start: Start, puller: Puller) -> Tried {
+/// Brings one image to where it is to be, or gives up when told to.
+async fn bring(start: Start, puller: Puller, runtime: Option<IntoRuntime>) -> Tried {
+    if start.entry.target == Target::Runtime {
+        let ended = match runtime {
+            Some(runtime) => runtime.bring(&start).await,
+            None => Ended::Failed("no container runtime is asked: see runtime.cri".into()),
+        };
+        return Tried { start, ended };
+    }
     let policy = if start.again { PullPolicy::Always } else { PullPolicy::IfNotPresent };
     let request = PullRequest {
         policy,

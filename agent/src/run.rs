@@ -32,10 +32,11 @@ use crate::api::tcp::Tcp;
 use crate::api::{Api, Socket};
 use crate::commands::fuse;
 use crate::config::Config;
+use crate::cri;
 use crate::gpu::{self, GpuHandle};
 use crate::http::{self, Pages};
 use crate::metrics::Metrics;
-use crate::prepull::{self, Prepull};
+use crate::prepull::{self, IntoRuntime, Prepull};
 use crate::scrub;
 use crate::state::{Keeper, NodeState};
 use crate::warm::Warmer;
@@ -211,12 +212,16 @@ impl Agent {
             volumes.keep_streams(stop).await;
             Ok(())
         });
+        // One for all: it tells the inventory of pulls.
+        let cri = config.cri();
         if let Some(list) = config.prepull.list.clone() {
+            let runtime = cri.clone().map(|cri| IntoRuntime { cri, puller: puller.clone() });
             let prepull = Prepull {
                 list,
                 labels: config.prepull.node_labels.clone(),
                 labels_file: config.prepull.node_labels_file.clone(),
                 start_jitter: config.prepull.start_jitter,
+                runtime,
                 puller: puller.clone(),
                 warmer: warmer.clone(),
                 state: state.clone(),
@@ -241,11 +246,12 @@ impl Agent {
                 Ok(())
             });
         }
-        if let Some(runtime) = puller.runtime().cloned() {
+        let containerd = puller.runtime().cloned();
+        if containerd.is_some() || cri.is_some() {
             rest.start(|stop| async move {
                 tokio::select! {
                     () = stop.cancelled() => {}
-                    () = runtime.follow(&inventory) => {}
+                    () = cri::inventory::follow(containerd, cri, &inventory) => {}
                 }
                 Ok(())
             });

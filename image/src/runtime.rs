@@ -6,7 +6,7 @@
 //!
 //! In comes a digest; out goes an open file of containerd's content store, *unverified*: who reads it
 //! checks it, as everything that comes from somewhere else. Nothing of containerd's is ever changed
-//! but for leases, which end by themselves.
+//! but for leases, which end by themselves, and labels of images that it is asked to keep (`pin`).
 //!
 //! # What always holds
 //!
@@ -41,14 +41,22 @@ use tower::service_fn;
 use crate::digest::Digest;
 
 mod adopt;
+mod arrived;
 mod inventory;
+mod pin;
 mod publish;
 mod snapshots;
 
 pub(crate) use adopt::Snapshot;
 pub use inventory::{Inventory, RuntimeImage, RuntimeLayer};
+pub use pin::RuntimeError;
 pub use publish::{Publication, PublishError, Published};
 pub(crate) use snapshots::chain_ids;
+
+/// Where the images of pods are: CRI's own, which no configuration of containerd changes.
+const CRI_NAMESPACE: &str = "k8s.io";
+/// What one answer may take: the list of images comes in one.
+const MAX_ANSWER: usize = 64 << 20;
 
 /// How long containerd may take for an answer, and for all it takes to open one blob. A quiet one
 /// answers within milliseconds; a pull must not feel one that does not.
@@ -167,6 +175,17 @@ impl Runtime {
             bytes: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// Where it is.
+    pub fn socket(&self) -> &Path {
+        &self.shared.options.socket
+    }
+
+    /// Whether the images of pods are among those that are looked at.
+    pub fn sees_pods(&self) -> bool {
+        let mut namespaces = self.shared.options.namespaces.iter();
+        namespaces.any(|namespace| namespace.as_str() == CRI_NAMESPACE)
     }
 
     /// What was read of it so far, by all clones.

@@ -31,7 +31,7 @@ pub mod registry;
 mod runtime;
 
 pub use layout::LayoutSource;
-pub use registry::{PullSecret, RegistryOptions, RegistrySource};
+pub use registry::{Credential, PullSecret, RegistryOptions, RegistrySource};
 
 /// The largest manifest or index that is read, in bytes: what the OCI
 /// distribution specification tells registries to accept at least.
@@ -230,6 +230,22 @@ impl Sources {
             }
             Reference::Layout(reference) => open_local(reference),
         })
+    }
+
+    /// Who the node is at the registry of `reference`, by docker's `config.json` and its helpers; a layout
+    /// has none.
+    ///
+    /// # Errors
+    ///
+    /// As a pull's, for want of a configuration that can be read.
+    pub(crate) async fn credential(
+        &self,
+        reference: &Reference,
+    ) -> Result<Credential, SourceError> {
+        match reference {
+            Reference::Registry(reference) => self.registry.credential(reference).await,
+            Reference::Layout(_) => Ok(Credential::Anonymous),
+        }
     }
 
     /// As [`Sources::open`], without runtime and mirrors: the place that decides who may have what.

@@ -3,11 +3,13 @@
 //!
 //! Nothing here is mocked where the real thing can run: [`registry`] starts Debian's
 //! docker-registry, [`containerd`] Debian's containerd. What the real thing never does on request is scripted: [`scripted`]
-//! is an HTTP server that answers, stalls and breaks off as a test says.
+//! is an HTTP server that answers, stalls and breaks off as a test says; [`cri`] is a container runtime that is
+//! none.
 
 pub mod api_reference;
 pub mod carport;
 pub mod containerd;
+pub mod cri;
 pub mod demo;
 pub mod helm;
 pub mod images;

@@ -114,6 +114,13 @@ impl Default for Containerd {
     }
 }
 
+impl Default for CriEndpoint {
+    fn default() -> Self {
+        // Its socket is root's.
+        Self { enabled: Home::of_this_user() == Home::System, socket: None }
+    }
+}
+
 impl Default for Pull {
     fn default() -> Self {
         let options = PullOptions::default();

@@ -322,6 +322,13 @@ pub(super) fn socket_path<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf,
     parsed(from, parse_socket_path)
 }
 
+pub(super) fn optional_socket_path<'de, D: Deserializer<'de>>(
+    from: D,
+) -> Result<Option<PathBuf>, D::Error> {
+    let text = Option::<String>::deserialize(from)?;
+    text.map(|text| parse_socket_path(&text).map_err(D::Error::custom)).transpose()
+}
+
 pub(super) fn socket_addr<'de, D: Deserializer<'de>>(from: D) -> Result<SocketAddr, D::Error> {
     parsed(from, parse_socket_addr)
 }

@@ -146,11 +146,12 @@ fn prepull(page: &mut String, state: &NodeState) {
     let rows = state.prepull.entries.iter().map(|entry| {
         [
             Cell::text(Escaped(&entry.name).to_string()),
+            Cell::text(entry.target.as_str().to_owned()),
             Cell::text(entry.state.as_str().replace('_', " ")),
             Cell::text(Escaped(&entry.message).to_string()),
         ]
     });
-    table(page, "prepull", "Pre-pull list", &["Entry", "State", ""], rows);
+    table(page, "prepull", "Pre-pull list", &["Entry", "Where", "State", ""], rows);
 }
 
 fn gpus(page: &mut String, gpus: &GpuInventory) {

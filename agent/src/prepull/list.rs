@@ -58,6 +58,9 @@ pub struct Entry {
     /// What people call it.
     #[serde(default, deserialize_with = "name")]
     pub name: Option<String>,
+    /// Where it is to be.
+    #[serde(default)]
+    pub target: Target,
     /// Higher goes first.
     #[serde(default)]
     pub priority: i32,
@@ -73,6 +76,27 @@ pub struct Entry {
     /// Whether its files are read into the page cache once they are here.
     #[serde(default)]
     pub warm_page_cache: bool,
+}
+
+/// Where on the node an image is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
+    /// In the agent's store, for volumes.
+    #[default]
+    Store,
+    /// In the container runtime, for containers and image volumes.
+    Runtime,
+}
+
+impl Target {
+    /// One word, as the list and pages write it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Store => "store",
+            Self::Runtime => "runtime",
+        }
+    }
 }
 
 /// For how long an image is kept.
@@ -106,8 +130,11 @@ impl List {
                 let why = format!("{} windows; write at most {MAX_WINDOWS}", entry.schedule.len());
                 return wrong(&format!("images[{index}].schedule"), &why);
             }
+            if let Some((field, why)) = entry.unserved() {
+                return wrong(&format!("images[{index}].{field}"), why);
+            }
             // Two wishes about one image could contradict each other, and only one would count.
-            if !seen.insert(&entry.image) {
+            if !seen.insert((&entry.image, entry.target)) {
                 let why = format!("{} is listed twice; write one entry", entry.image);
                 return wrong(&format!("images[{index}].image"), &why);
             }
@@ -120,6 +147,22 @@ impl Entry {
     /// Its name, else its reference.
     pub fn shown(&self) -> String {
         self.name.clone().unwrap_or_else(|| self.image.to_string())
+    }
+
+    /// What an entry for the container runtime cannot wish: the field, and what to write.
+    fn unserved(&self) -> Option<(&'static str, &'static str)> {
+        if self.target != Target::Runtime {
+            return None;
+        }
+        if self.image.registry().is_none() {
+            return Some(("image", "the container runtime pulls from registries only"));
+        }
+        if let Some(Pin::For(_)) = self.pin {
+            let why =
+                "in the container runtime an image is kept forever or not at all; write forever";
+            return Some(("pin", why));
+        }
+        self.warm_page_cache.then_some(("warmPageCache", "only images in the store can be warmed"))
     }
 }
 
@@ -185,6 +228,23 @@ mod tests {
     }
 
     #[test]
+    fn an_image_may_be_wished_for_in_the_store_and_in_the_runtime() {
+        let two = list("images: [{image: 'r/a:1'}, {image: 'r/a:1', target: runtime}]").unwrap();
+        let targets: Vec<_> = two.images.iter().map(|entry| entry.target.as_str()).collect();
+        assert_eq!(targets, ["store", "runtime"]);
+        for (wish, part) in [
+            ("image: 'oci:/m/a:1'", "images[0].image: the container runtime pulls"),
+            ("image: 'r/a:1', pin: 24h", "images[0].pin: in the container runtime"),
+            ("image: 'r/a:1', warmPageCache: true", "images[0].warmPageCache: only images in"),
+        ] {
+            let error = list(&format!("images: [{{{wish}, target: runtime}}]")).unwrap_err();
+            assert!(error.contains(part), "{wish}: {error}");
+        }
+        let error = list("images: [{image: 'r/a:1', target: disk}]").unwrap_err();
+        assert!(error.contains("target"), "{error}");
+    }
+
+    #[test]
     fn an_empty_list_is_a_list() {
         for text in ["", "# later\n", "images: []\n", "{}"] {
             assert_eq!(list(text).unwrap(), List::default(), "{text:?}");
@@ -202,7 +262,7 @@ mod tests {
             ("images: [\n", "/list.yaml:", ""),
             (&format!("{image}  pin: never\n"), "/list.yaml:3:8: images[0].pin: ", "forever"),
             (&format!("{image}  priority: high\n"), "/list.yaml:3:13: images[0].priority: ", ""),
-            (&format!("{image}  zzz: 1\n"), "/list.yaml:3:3: ", "known are image, name, priority"),
+            (&format!("{image}  zzz: 1\n"), "/list.yaml:3:3: ", "known are image, name, target"),
             (
                 &format!("{image}- image: r/a:1\n"),
                 "",

@@ -13,27 +13,36 @@
 //!
 //! Plain values in and out; pulls, files and clocks are the caller's.
 
-use std::collections::{BTreeMap, HashSet};
-use std::time::Duration;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use carport_image::{Digest, Reference};
 use jiff::Timestamp;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::list::{Entry, List};
+use super::into_runtime::{self, Arrived};
+use super::list::{Entry, List, Target};
 use super::schedule;
 use super::when::Labels;
 use super::{EntryReport, EntryState};
 use crate::gpu::GpuInventory;
+use crate::output::size;
 
 /// Pulls of the list at a time. A few more than the puller works on at once, so that one
 /// whose registry does not answer holds up nothing.
 const MAX_RUNNING: usize = 8;
+/// Of these, pulls by the container runtime: no cap holds for them, and the kubelet's pulls come in between.
+const MAX_RUNNING_RUNTIME: usize = 2;
 /// The first retry of an entry that failed; doubled each time up to [`MAX_RETRY`].
 const FIRST_RETRY: Duration = Duration::from_secs(10);
 /// An image that is pushed to a registry later is then found within so long.
 const MAX_RETRY: Duration = Duration::from_secs(300);
+/// What is said of an image until it is brought back.
+const REMOVED: &str = "was removed from the container runtime";
+/// A list of the runtime that is so much newer than a pull shows its image.
+const SETTLED: Duration = Duration::from_secs(10);
 
 /// The node, as far as conditions ask.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +56,7 @@ pub(super) struct Node<'a> {
 /// All entries of the list in force.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    items: BTreeMap<Reference, Item>,
+    items: BTreeMap<(Reference, Target), Item>,
     refresh: Duration,
     /// Tries so far; numbers them.
     runs: u64,
@@ -63,8 +72,9 @@ struct Item {
     /// Not before.
     due: Instant,
     retry: Duration,
-    /// What it meant when it was last brought here.
+    /// What it meant when it was last brought here, and when that was.
     digest: Option<Digest>,
+    here_since: SystemTime,
     running: Option<Run>,
 }
 
@@ -73,6 +83,7 @@ struct Item {
 struct Run {
     number: u64,
     stop: CancellationToken,
+    arrived: Arc<Arrived>,
 }
 
 /// What to do now for one entry.
@@ -87,12 +98,19 @@ pub(super) struct Start {
     pub(super) was: Option<Digest>,
     /// Cancelled when the entry leaves the list, or may not be pulled any more.
     pub(super) stop: CancellationToken,
+    /// Where a pull by the container runtime tells how far it is.
+    pub(super) arrived: Arc<Arrived>,
 }
 
 /// How a try ended.
 #[derive(Debug)]
 pub(super) enum Ended {
     Here(Digest),
+    /// In the container runtime; the digest as far as it tells, and what is to be said beside it.
+    There {
+        digest: Option<Digest>,
+        note: String,
+    },
     NoRoom(String),
     Failed(String),
     /// Given up: the entry left, or its window shut.
@@ -105,7 +123,8 @@ impl Plan {
         self.refresh = list.refresh;
         let mut before = std::mem::take(&mut self.items);
         for (order, entry) in list.images.iter().enumerate() {
-            let item = match before.remove(&entry.image) {
+            let key = (entry.image.clone(), entry.target);
+            let item = match before.remove(&key) {
                 Some(mut item) => {
                     let other = (item.entry.pin, item.entry.warm_page_cache)
                         != (entry.pin, entry.warm_page_cache);
@@ -122,10 +141,11 @@ impl Plan {
                     due,
                     retry: FIRST_RETRY,
                     digest: None,
+                    here_since: SystemTime::UNIX_EPOCH,
                     running: None,
                 },
             };
-            self.items.insert(entry.image.clone(), item);
+            self.items.insert(key, item);
         }
         before.values().filter_map(|gone| gone.running.as_ref()).for_each(|run| run.stop.cancel());
     }
@@ -133,7 +153,7 @@ impl Plan {
     /// What is to be started now, the most urgent first; stops what may not go on.
     pub(super) fn turn(&mut self, node: Node<'_>) -> Vec<Start> {
         let mut ready: Vec<&mut Item> = Vec::new();
-        let mut running = 0;
+        let (mut running, mut by_runtime) = (0, 0);
         for item in self.items.values_mut() {
             if let Some((state, why)) = item.barred(node) {
                 // What is here stays, and is not asked about until it may be.
@@ -146,8 +166,12 @@ impl Plan {
                 continue;
             }
             match item.running {
-                Some(_) => running += 1,
+                Some(_) => {
+                    running += 1;
+                    by_runtime += usize::from(item.entry.target == Target::Runtime);
+                }
                 None if item.due <= node.now => ready.push(item),
+                None if item.message == REMOVED => {}
                 None if matches!(item.state, EntryState::Excluded | EntryState::Waiting) => {
                     (item.state, item.message) = (EntryState::Waiting, String::new());
                 }
@@ -155,30 +179,35 @@ impl Plan {
             }
         }
         ready.sort_by_key(|item| (std::cmp::Reverse(item.entry.priority), item.order));
-        let room = MAX_RUNNING.saturating_sub(running);
         let mut starts = Vec::new();
-        for (place, item) in ready.into_iter().enumerate() {
-            if place >= room {
+        for item in ready {
+            let is_by_runtime = item.entry.target == Target::Runtime;
+            if running >= MAX_RUNNING || (is_by_runtime && by_runtime >= MAX_RUNNING_RUNTIME) {
                 if matches!(item.state, EntryState::Excluded | EntryState::Waiting) {
                     (item.state, item.message) = (EntryState::Waiting, "others go first".into());
                 }
                 continue;
             }
+            running += 1;
+            by_runtime += usize::from(is_by_runtime);
             let ready = item.state == EntryState::Ready;
             let again = ready && item.entry.image.digest().is_none();
             if !ready {
                 (item.state, item.message) = (EntryState::Pulling, String::new());
             }
             self.runs += 1;
-            let (number, stop) = (self.runs, CancellationToken::new());
-            item.running = Some(Run { number, stop: stop.clone() });
+            let run =
+                Run { number: self.runs, stop: CancellationToken::new(), arrived: Arc::default() };
+            let Run { stop, arrived, .. } = &run;
             starts.push(Start {
                 entry: item.entry.clone(),
-                run: number,
+                run: run.number,
                 again,
                 was: item.digest,
-                stop,
+                stop: stop.clone(),
+                arrived: Arc::clone(arrived),
             });
+            item.running = Some(run);
         }
         starts
     }
@@ -188,7 +217,7 @@ impl Plan {
     /// has a new one.
     pub(super) fn ended(
         &mut self,
-        image: &Reference,
+        entry: &Entry,
         run: u64,
         ended: Ended,
         now: Instant,
@@ -196,8 +225,10 @@ impl Plan {
     ) -> bool {
         let refresh = self.refresh;
         let own = |item: &&mut Item| item.running.as_ref().is_some_and(|own| own.number == run);
-        let Some(item) = self.items.get_mut(image).filter(own) else { return false };
+        let key = (entry.image.clone(), entry.target);
+        let Some(item) = self.items.get_mut(&key).filter(own) else { return false };
         item.running = None;
+        let refreshed = now + refresh.mul_f64(0.75 + spread / 2.0);
         match ended {
             Ended::Here(digest) => {
                 item.state = EntryState::Ready;
@@ -205,10 +236,19 @@ impl Plan {
                 item.digest = Some(digest);
                 item.retry = FIRST_RETRY;
                 // Of a digest there is nothing more to ask.
-                item.due = match image.digest() {
+                item.due = match entry.image.digest() {
                     Some(_) => far(now),
-                    None => now + refresh.mul_f64(0.75 + spread / 2.0),
+                    None => refreshed,
                 };
+            }
+            Ended::There { digest, note } => {
+                item.state = EntryState::Ready;
+                item.message = note;
+                item.digest = digest;
+                item.here_since = SystemTime::now();
+                item.retry = FIRST_RETRY;
+                // Others may remove it there, whatever its name.
+                item.due = refreshed;
             }
             Ended::Stopped => {
                 if item.state == EntryState::Pulling {
@@ -224,8 +264,47 @@ impl Plan {
 
     /// The images that are to be pinned; `known` tells what references mean that were not asked about yet.
     pub(super) fn pinned(&self, known: impl Fn(&Reference) -> Option<Digest>) -> HashSet<Digest> {
-        let pinned = self.items.values().filter(|item| item.entry.pin.is_some());
+        let pinned = self
+            .items
+            .values()
+            .filter(|item| item.entry.pin.is_some() && item.entry.target == Target::Store);
         pinned.filter_map(|item| item.digest.or_else(|| known(&item.entry.image))).collect()
+    }
+
+    /// The images that are to be pinned in the container runtime, as it calls them.
+    pub(super) fn pinned_in_runtime(&self) -> BTreeSet<String> {
+        let pinned = self
+            .items
+            .values()
+            .filter(|item| item.entry.pin.is_some() && item.entry.target == Target::Runtime);
+        pinned.filter_map(|item| into_runtime::name(&item.entry.image)).collect()
+    }
+
+    /// Takes note of what the container runtime had at `listed_at`: what was there and is not any more has
+    /// been removed by somebody, who may have had to make room. So it is not brought back at once.
+    pub(super) fn look_at_runtime(
+        &mut self,
+        listed_at: SystemTime,
+        now: Instant,
+        has: impl Fn(&Reference) -> bool,
+    ) {
+        for item in self.items.values_mut() {
+            let was_there = item.entry.target == Target::Runtime
+                && item.state == EntryState::Ready
+                && item.running.is_none()
+                && listed_at.duration_since(item.here_since).is_ok_and(|age| age > SETTLED);
+            if was_there && !has(&item.entry.image) {
+                item.state = EntryState::Waiting;
+                item.message = REMOVED.into();
+                item.due = now + MAX_RETRY;
+            }
+        }
+    }
+
+    /// Whether the container runtime is pulling something, whose progress is told.
+    pub(super) fn is_arriving(&self) -> bool {
+        let mut items = self.items.values();
+        items.any(|item| item.running.is_some() && item.entry.target == Target::Runtime)
     }
 
     /// When the next entry is due; nothing where none is.
@@ -283,12 +362,18 @@ impl Item {
     }
 
     fn report(&self) -> EntryReport {
+        let arrived = || self.running.as_ref()?.arrived.get();
+        let message = match (self.state, arrived()) {
+            (EntryState::Pulling, Some((bytes, of))) => format!("{} of {}", size(bytes), size(of)),
+            _ => self.message.clone(),
+        };
         EntryReport {
             name: self.entry.shown(),
             reference: self.entry.image.clone(),
+            target: self.entry.target,
             digest: self.digest,
             state: self.state,
-            message: self.message.clone(),
+            message,
         }
     }
 }
@@ -337,7 +422,7 @@ mod tests {
 
         fn end(&mut self, start: &Start, ended: Ended) {
             let now = self.now;
-            assert!(self.plan.ended(&start.entry.image, start.run, ended, now, 0.5));
+            assert!(self.plan.ended(&start.entry, start.run, ended, now, 0.5));
         }
 
         fn states(&self) -> Vec<EntryState> {
@@ -443,11 +528,60 @@ mod tests {
         assert!(starts[0].stop.is_cancelled() && !starts[1].stop.is_cancelled());
         assert_eq!(bench.names(), [full("r/c:1")]);
         let (gone, now) = (&starts[0], bench.now);
-        assert!(!bench.plan.ended(&gone.entry.image, gone.run, Ended::Stopped, now, 0.0));
+        assert!(!bench.plan.ended(&gone.entry, gone.run, Ended::Stopped, now, 0.0));
         // It comes back, and the end of the earlier try is not taken for its own.
         bench.adopt("images: [{image: 'r/a:1'}]");
         assert_eq!(bench.names(), [full("r/a:1")]);
-        assert!(!bench.plan.ended(&gone.entry.image, gone.run, Ended::Stopped, now, 0.0));
+        assert!(!bench.plan.ended(&gone.entry, gone.run, Ended::Stopped, now, 0.0));
         assert_eq!(bench.states(), [EntryState::Pulling]);
+    }
+
+    #[test]
+    fn the_runtime_pulls_two_at_a_time_and_the_store_goes_on_beside_it() {
+        let of = |target: &str| {
+            (0..6)
+                .map(|n| format!("- {{image: 'r/a:{n}', target: {target}}}\n"))
+                .collect::<String>()
+        };
+        let mut bench = Bench::new(&format!("images:\n{}{}", of("runtime"), of("store")));
+        let first = bench.turn();
+        let by_runtime = |starts: &[Start]| {
+            starts.iter().filter(|start| start.entry.target == Target::Runtime).count()
+        };
+        assert_eq!((first.len(), by_runtime(&first)), (8, MAX_RUNNING_RUNTIME));
+        assert!(bench.plan.is_arriving());
+        // The same image in the other place is another entry.
+        let there = |note: &str| Ended::There { digest: None, note: note.into() };
+        bench.end(&first[0], there("unpinned"));
+        let states = bench.states();
+        assert_eq!((states[0], states[6]), (EntryState::Ready, EntryState::Pulling));
+        assert_eq!(bench.plan.report()[0].message, "unpinned");
+        assert_eq!(by_runtime(&bench.turn()), 1);
+    }
+
+    #[test]
+    fn what_is_removed_from_the_runtime_is_brought_back_after_a_while() {
+        let digest = Digest::of(b"x");
+        let mut bench = Bench::new(&format!(
+            "refresh: 2000s\nimages: [{{image: 'r/a@{digest}', target: runtime, pin: forever}}]"
+        ));
+        let name = full(&format!("r/a@{digest}"));
+        assert_eq!(bench.plan.pinned_in_runtime().into_iter().collect::<Vec<_>>(), [name]);
+        assert!(bench.plan.pinned(|_| Some(digest)).is_empty(), "the store has no pin of it");
+        let start = bench.turn().remove(0);
+        bench.end(&start, Ended::There { digest: Some(digest), note: String::new() });
+        let now = SystemTime::now();
+        let look = |bench: &mut Bench, seconds: u64, has: bool| {
+            let at = now + Duration::from_secs(seconds);
+            bench.plan.look_at_runtime(at, bench.now, |_| has);
+            bench.states()[0]
+        };
+        assert_eq!(look(&mut bench, 3, false), EntryState::Ready, "a list that is too old to tell");
+        assert_eq!(look(&mut bench, 30, true), EntryState::Ready);
+        assert_eq!(look(&mut bench, 60, false), EntryState::Waiting);
+        assert!(bench.turn().is_empty(), "somebody may have had to make room");
+        assert_eq!(bench.plan.report()[0].message, REMOVED);
+        bench.pass(300);
+        assert!(!bench.turn()[0].again);
     }
 }

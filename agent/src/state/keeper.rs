@@ -540,6 +540,7 @@ mod tests {
         let entry = |name: &str, state| prepull::EntryReport {
             name: name.into(),
             reference: "r/a:1".parse().unwrap(),
+            target: prepull::Target::Store,
             digest: None,
             state,
             message: String::new(),

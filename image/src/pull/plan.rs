@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use super::{Inner, PullError, PullPolicy, PullRequest, Puller};
 use crate::digest::Digest;
-use crate::manifest::{Compression, Layer, PlacedLayer};
+use crate::manifest::{Blob, Compression, Layer, PlacedLayer};
 use crate::reference::Reference;
+use crate::source::Credential;
 use crate::store::{EvictedImage, Room, Wanted};
 
 /// What pulling some images together would do.
@@ -80,6 +81,27 @@ impl Puller {
         let references: Vec<Reference> =
             requests.iter().map(|request| request.reference.clone()).collect();
         inner.disk(move |store| weigh(store, references, found)).await
+    }
+
+    /// The image that `reference` means now, and its layers as they travel: for somebody else's pull.
+    ///
+    /// # Errors
+    ///
+    /// As [`Puller::plan`].
+    pub async fn layers(&self, reference: &Reference) -> Result<(Digest, Vec<Blob>), PullError> {
+        let (inner, request) = (&self.inner, PullRequest::new(reference.clone()));
+        let source = inner.sources.open(reference, &request.secret)?;
+        let image = inner.resolve(&*source, &reference.name(), &request).await?.image;
+        Ok((image.digest, image.layers.iter().map(|placed| placed.layer.blob).collect()))
+    }
+
+    /// Who the node is at the registry of `reference`: for somebody else's pull.
+    ///
+    /// # Errors
+    ///
+    /// When docker's `config.json` or a helper that it names does not tell.
+    pub async fn credential(&self, reference: &Reference) -> Result<Credential, PullError> {
+        Ok(self.inner.sources.credential(reference).await?)
     }
 }
 

@@ -30,7 +30,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Failed, Namespace, Runtime, UNPACKED, open, within};
+use super::{Failed, MAX_ANSWER, Namespace, Runtime, UNPACKED, open, within};
 use crate::digest::Digest;
 use crate::manifest::{Blob, Manifest, Platform};
 use crate::reference::Reference;
@@ -40,8 +40,6 @@ use crate::source::{MAX_MANIFEST_BYTES, RawManifest};
 const MAX_IMAGES: usize = 20_000;
 /// The blobs of so many images.
 const MAX_BLOBS: usize = 400_000;
-/// What one answer may take: the list of images comes in one.
-const MAX_ANSWER: usize = 64 << 20;
 /// From the end of one list to the next; events within this time share one.
 const SPACING: Duration = Duration::from_millis(300);
 /// That an image is unpacked is noted a moment after the last event of its pull.
@@ -64,6 +62,8 @@ pub struct Inventory {
     pub images: BTreeMap<Digest, Arc<RuntimeImage>>,
     /// What each name means, in canonical form.
     pub references: HashMap<String, Digest>,
+    /// Other digests that lead to them: of the index that an image was chosen from.
+    pub aliases: HashMap<Digest, Digest>,
     /// When it was listed. Absent: never yet.
     pub listed_at: Option<SystemTime>,
     /// Whether containerd tells of changes since. If not, it may have other images by now.
@@ -77,11 +77,11 @@ pub struct RuntimeImage {
     pub digest: Digest,
     /// Its names, in canonical form and order.
     pub references: Vec<String>,
-    /// Bytes of its layers as they travel.
+    /// Bytes of its layers as they travel; of a runtime that tells no layers, what it takes there.
     pub bytes: u64,
     /// Whether its layers are unpacked: a container of it starts without a pull.
     pub unpacked: bool,
-    /// Its layers, lowest first, as they travel.
+    /// Its layers, lowest first, as they travel, where the runtime tells them.
     pub layers: Vec<RuntimeLayer>,
 }
 
@@ -112,7 +112,8 @@ impl Inventory {
     ) -> Option<&RuntimeImage> {
         let named = || self.references.get(&reference?.to_string()).copied();
         let digest = digest.or_else(|| reference?.digest()).or_else(named)?;
-        self.images.get(&digest).map(AsRef::as_ref).filter(|image| image.is_complete())
+        let digest = self.aliases.get(&digest).unwrap_or(&digest);
+        self.images.get(digest).map(AsRef::as_ref).filter(|image| image.is_complete())
     }
 
     /// Equal but for its age.
@@ -120,6 +121,7 @@ impl Inventory {
         self.connected == other.connected
             && self.images == other.images
             && self.references == other.references
+            && self.aliases == other.aliases
     }
 }
 
@@ -233,7 +235,7 @@ impl Runtime {
         let root = self.content_root().await?;
         let listed_at = SystemTime::now();
         let mut images: BTreeMap<Digest, RuntimeImage> = BTreeMap::new();
-        let mut references = HashMap::new();
+        let (mut references, mut aliases) = (HashMap::new(), HashMap::new());
         for namespace in &self.shared.options.namespaces {
             let named = self.named(namespace).await?;
             let content = self.contents(namespace).await?;
@@ -245,7 +247,10 @@ impl Runtime {
             let (found, known) =
                 reading.await.map_err(|_| Failed::Away("reading it was interrupted".to_owned()))?;
             *documents = known;
-            for (reference, image) in found {
+            for (target, reference, image) in found {
+                if target != image.digest {
+                    aliases.insert(target, image.digest);
+                }
                 let image = images.entry(image.digest).or_insert(image);
                 // The first namespace that has a name says what it means.
                 if let Some(reference) = reference
@@ -262,6 +267,7 @@ impl Runtime {
         Ok(Inventory {
             images: images.collect(),
             references,
+            aliases,
             listed_at: Some(listed_at),
             connected: true,
         })
@@ -315,13 +321,14 @@ async fn patient<T>(
     call.await.map(tonic::Response::into_inner).map_err(|status| Failed::Away(super::told(&status)))
 }
 
-/// The images behind names, each with its canonical name where it has one. Blocks.
+/// The images behind names, each with what it was named by: a digest, and a canonical name where it has
+/// one. Blocks.
 fn describe(
     named: Vec<(String, Digest)>,
     content: &HashMap<Digest, Content>,
     root: &Path,
     documents: &mut Documents,
-) -> Vec<(Option<String>, RuntimeImage)> {
+) -> Vec<(Digest, Option<String>, RuntimeImage)> {
     documents.retain(|digest, _| content.contains_key(digest));
     let mut document = |digest: &Digest| -> Option<Document> {
         if let Some(known) = documents.get(digest) {
@@ -357,7 +364,7 @@ fn describe(
             unpacked: content.get(&config).is_some_and(|config| config.unpacked),
             layers,
         };
-        found.push((reference.map(|reference| reference.to_string()), image));
+        found.push((target, reference.map(|reference| reference.to_string()), image));
     }
     found
 }

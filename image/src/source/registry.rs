@@ -47,7 +47,7 @@ mod hosts;
 mod mirrors;
 mod upload;
 
-pub use credentials::PullSecret;
+pub use credentials::{Credential, PullSecret};
 pub(crate) use upload::{Upload, UploadStream};
 
 use answer::{Asked, authority, broken, refused};
@@ -203,6 +203,17 @@ impl RegistryClient {
             }
         };
         Ok(Self { shared: Arc::clone(&self.shared), http })
+    }
+
+    /// Who the node is at the repository's registry.
+    pub(super) async fn credential(
+        &self,
+        reference: &RegistryReference,
+    ) -> Result<Credential, SourceError> {
+        let config = self.shared.options.docker_config.clone();
+        let (host, repository) = (reference.host(), reference.repository());
+        let found = credentials::find(&PullSecret::none(), config, host, repository).await?;
+        Ok(found.credential)
     }
 
     /// A source of the repository, with the right to pull.

@@ -119,11 +119,19 @@ impl fmt::Debug for PullSecret {
     }
 }
 
-/// What a registry or its token server is told.
+/// What a registry or its token server is told. `Debug` prints no secret.
 #[derive(Clone, PartialEq, Eq)]
-pub(super) enum Credential {
+pub enum Credential {
+    /// Nothing.
     Anonymous,
-    Password { username: String, password: String },
+    /// A user's name and password.
+    Password {
+        /// Who.
+        username: String,
+        /// The secret.
+        password: String,
+    },
+    /// What a token server gives tokens for.
     IdentityToken(String),
 }
 
