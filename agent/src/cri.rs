@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use carport_image::Digest;
 use carport_image::source::Credential;
 use carport_proto::client;
 use carport_proto::cri::v1;
@@ -73,6 +74,14 @@ pub struct CriImage {
     pub bytes: u64,
     /// Whether the kubelet is asked to let it stay.
     pub pinned: bool,
+}
+
+impl CriImage {
+    /// Whether one of its names is by this digest.
+    pub fn is_named_by(&self, digest: &Digest) -> bool {
+        let digest = digest.to_string();
+        self.digests.iter().any(|name| name.rsplit('@').next() == Some(&*digest))
+    }
 }
 
 /// Why the runtime did not do as it was asked.

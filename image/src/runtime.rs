@@ -188,6 +188,12 @@ impl Runtime {
         namespaces.any(|namespace| namespace.as_str() == CRI_NAMESPACE)
     }
 
+    /// Whether what is published here is for pods.
+    pub fn publishes_to_pods(&self) -> bool {
+        let first = self.shared.options.namespaces.first();
+        first.is_some_and(|namespace| namespace.as_str() == CRI_NAMESPACE)
+    }
+
     /// What was read of it so far, by all clones.
     pub fn used(&self) -> RuntimeUse {
         RuntimeUse {

@@ -150,6 +150,62 @@ async fn a_pin_of_somebody_else_stays_theirs() {
     assert!(images.contains(PINNED) && !images.contains("carport.dev"), "{images}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_for_both_places_is_fetched_once() {
+    let Some(registry) = Registry::start() else { return };
+    let (here, host) = (Here::new(), registry.host());
+    let Some(containerd) = Containerd::start_with_cri(here.path(), &[host], "").unwrap() else {
+        return;
+    };
+    let image = format!("{host}/team/m:v1");
+    let login = secret(host, USERNAME, PASSWORD);
+    let packed = Model::new().pack(&image, &login, &sources(&[host])).await.unwrap();
+    here.list(&format!(
+        "refresh: 10s\nimages:\n- {{image: '{image}', target: runtime, pin: forever}}\n- image: '{image}'\n"
+    ));
+    let config = format!(
+        "runtime: {{containerd: {{enabled: true, socket: {}}}}}\n",
+        containerd.socket().display()
+    );
+    let Some(agent) = here.agent(host, &config) else { return };
+    entries(&agent, "ready", 2.0).await;
+    let both = async || places(&agent, &image).await == [api::Place::Store, api::Place::Runtime];
+    eventually("both places have it", both).await;
+    // containerd got the store's files, and no layer of its own.
+    let content = containerd.run("k8s.io", &["content", "ls", "-q"]).unwrap();
+    let manifest = std::fs::read(containerd.blob(&packed.digest.to_string())).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    for layer in manifest["layers"].as_array().unwrap() {
+        assert!(!content.contains(layer["digest"].as_str().unwrap()), "{content}");
+    }
+    let images = containerd.run("k8s.io", &["images", "ls"]).unwrap();
+    assert!(images.contains(PINNED), "{images}");
+    // The models that the node has, by where they are.
+    let listed = async |place: api::Place| {
+        let question = api::ListModelsRequest { place: place.into(), ..Default::default() };
+        let answer = agent.locality().await.list_models(question).await.unwrap().into_inner();
+        answer.models.len()
+    };
+    let counts = (
+        listed(api::Place::Store).await,
+        listed(api::Place::Runtime).await,
+        listed(api::Place::Unspecified).await,
+    );
+    // In the runtime by its tag and by its digest.
+    assert_eq!(counts, (1, 2, 2));
+
+    // A tag that means another image now is brought there again.
+    let model = Model::new();
+    model.write("config.json", b"{\"architectures\":[\"Other\"]}");
+    let other = model.pack(&image, &login, &sources(&[host])).await.unwrap();
+    let moved = async || {
+        let images = containerd.run("k8s.io", &["images", "ls"]).unwrap();
+        let line = images.lines().find(|line| line.starts_with(&format!("{image} "))).unwrap();
+        line.contains(&other.digest.to_string()) && line.contains(PINNED)
+    };
+    eventually("the tag has moved", moved).await;
+}
+
 /// An image as CRI-O tells of it.
 fn image(name: &str, tag: &str) -> cri::Image {
     let digest = Digest::of(name.as_bytes());

@@ -222,7 +222,7 @@ impl Told {
         );
 
         let mut now = BTreeMap::new();
-        for entry in list::entries(state, &pulls) {
+        for entry in list::entries(state, &pulls, None) {
             let model = Model::find(&entry.wanted, state, &pulls);
             now.insert(entry.key.clone(), convert::model(&model, state, &pulls, false));
         }

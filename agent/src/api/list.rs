@@ -1,7 +1,7 @@
 //! The models of a node in order, page by page.
 
-use carport_image::Reference;
 use carport_image::pull::PullProgress;
+use carport_image::{Digest, Reference};
 use carport_proto::carport::v1;
 use tonic::Status;
 
@@ -26,7 +26,7 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    fn new(digest: Option<carport_image::Digest>, reference: Option<Reference>) -> Self {
+    fn new(digest: Option<Digest>, reference: Option<Reference>) -> Self {
         let key = (
             digest.map(|digest| digest.to_string()).unwrap_or_default(),
             reference.as_ref().map(ToString::to_string).unwrap_or_default(),
@@ -35,18 +35,37 @@ impl Entry {
     }
 }
 
-/// All models that the node has, is pulling, or failed to pull lately, in order.
-pub(super) fn entries(state: &NodeState, pulls: &[PullProgress]) -> Vec<Entry> {
+/// All models that the node has, is pulling, or failed to pull lately, in order; where a place is named,
+/// those that are complete there.
+pub(super) fn entries(
+    state: &NodeState,
+    pulls: &[PullProgress],
+    place: Option<v1::Place>,
+) -> Vec<Entry> {
     let mut entries = Vec::with_capacity(state.images.len() + pulls.len());
-    for (digest, image) in &state.images {
+    let mut add = |digest: Digest, references: &[String]| {
+        let named = references.iter().filter_map(|text| text.parse().ok());
         let before = entries.len();
-        let references = image.references.iter().filter_map(|text| text.parse().ok());
-        entries.extend(references.map(|reference| Entry::new(Some(*digest), Some(reference))));
+        entries.extend(named.map(|reference| Entry::new(Some(digest), Some(reference))));
         if entries.len() == before {
-            entries.push(Entry::new(Some(*digest), None));
+            entries.push(Entry::new(Some(digest), None));
+        }
+    };
+    if place != Some(v1::Place::Runtime) {
+        state.images.iter().for_each(|(digest, image)| add(*digest, &image.references));
+    }
+    if place != Some(v1::Place::Store) {
+        let connected = state.runtime.connected.then_some(&state.runtime.images);
+        let complete = connected.into_iter().flatten().filter(|(_, image)| image.is_complete());
+        for (digest, image) in complete {
+            // One that the store has, too, is there under its own names.
+            let is_stored = place.is_none() && state.images.contains_key(digest);
+            if !(image.references.is_empty() && is_stored) {
+                add(*digest, &image.references);
+            }
         }
     }
-    for pull in pulls {
+    for pull in pulls.iter().filter(|_| place.is_none()) {
         // A pull that has just ended may still be listed beside its image.
         let stored = pull.digest.is_some_and(|digest| state.images.contains_key(&digest));
         if !stored && state.resolve(&pull.reference).is_none_or(|d| !state.images.contains_key(&d))
@@ -65,6 +84,8 @@ pub(super) struct Page {
     size: usize,
     after: Option<(String, String)>,
     filter: String,
+    /// Where its models are; absent: anywhere.
+    pub(super) place: Option<v1::Place>,
 }
 
 impl Page {
@@ -82,7 +103,12 @@ impl Page {
                 invalid("page_token", "not one of ours; pass on next_page_token as it was")
             })?),
         };
-        Ok(Self { size, after, filter: request.filter.clone() })
+        let place = match v1::Place::try_from(request.place) {
+            Ok(v1::Place::Unspecified) => None,
+            Ok(place) => Some(place),
+            Err(_) => return Err(invalid("place", "not one that is known here")),
+        };
+        Ok(Self { size, after, filter: request.filter.clone(), place })
     }
 
     /// This page of `entries`, and the token of the next one; empty on the last.
@@ -141,7 +167,7 @@ mod tests {
     fn pages_cover_everything_once() {
         let state = node((0..25).map(|n| image(&format!("r:5000/m{n}:1"), 1)).collect());
         let pulls = [pull("r:5000/new:1", 0, 0)];
-        let all = entries(&state, &pulls);
+        let all = entries(&state, &pulls, None);
         assert_eq!(all.len(), 26);
         assert_eq!(all[0].key, (String::new(), "r:5000/new:1".to_string()));
         let (mut token, mut seen) = (String::new(), Vec::new());
@@ -158,10 +184,10 @@ mod tests {
     #[test]
     fn a_model_that_vanishes_between_pages_hides_no_other() {
         let mut state = node((0..4).map(|n| image(&format!("r:5000/m{n}:1"), 1)).collect());
-        let all = entries(&state, &[]);
+        let all = entries(&state, &[], None);
         let (first, token) = Page::read(&request(2, "", "")).unwrap().cut(all.clone());
         state.images.remove(&first[1].wanted.digest.unwrap());
-        let rest = Page::read(&request(2, &token, "")).unwrap().cut(entries(&state, &[])).0;
+        let rest = Page::read(&request(2, &token, "")).unwrap().cut(entries(&state, &[], None)).0;
         assert_eq!(rest, all[2..]);
     }
 
@@ -170,7 +196,7 @@ mod tests {
         let state = node(vec![image("r:5000/llama:1", 1), image("r:5000/phi:1", 1)]);
         let find = |filter: &str| {
             let page = Page::read(&request(0, "", filter)).unwrap();
-            names(&page.cut(entries(&state, &[])).0).join(",")
+            names(&page.cut(entries(&state, &[], None)).0).join(",")
         };
         assert_eq!(find("llama"), "r:5000/llama:1");
         assert_eq!(find(&image("r:5000/phi:1", 1).digest.hex()), "r:5000/phi:1");
@@ -180,7 +206,50 @@ mod tests {
     #[test]
     fn a_pull_that_has_just_ended_is_no_second_entry() {
         let state = node(vec![image("r:5000/a:1", 1)]);
-        assert_eq!(entries(&state, &[pull("r:5000/a:1", 1, 1)]).len(), 1);
+        assert_eq!(entries(&state, &[pull("r:5000/a:1", 1, 1)], None).len(), 1);
+    }
+
+    #[test]
+    fn images_of_the_runtime_are_listed_while_it_answers() {
+        use carport_image::runtime::{Inventory, RuntimeImage};
+        let both = image("r:5000/both:1", 1);
+        let in_runtime = |digest, references: &[&str], unpacked| {
+            let image = RuntimeImage {
+                digest,
+                references: references.iter().map(ToString::to_string).collect(),
+                bytes: 1,
+                unpacked,
+                layers: vec![carport_image::runtime::RuntimeLayer {
+                    digest: Digest::of(b"layer"),
+                    bytes: 1,
+                    present: false,
+                }],
+            };
+            (digest, std::sync::Arc::new(image))
+        };
+        let images = [
+            in_runtime(both.digest, &[], true),
+            in_runtime(Digest::of(b"2"), &["r:5000/serving:1", "r:5000/serving:2"], true),
+            in_runtime(Digest::of(b"3"), &["r:5000/half:1"], false),
+        ];
+        let mut state = node(vec![both, image("r:5000/stored:1", 1)]);
+        let mut inventory =
+            Inventory { images: images.into(), connected: true, ..Default::default() };
+        state.runtime = std::sync::Arc::new(inventory.clone());
+        let listed = |state: &NodeState, place| {
+            let entries = entries(state, &[pull("r:5000/new:1", 0, 0)], place);
+            let mut names: Vec<String> = entries.into_iter().map(|entry| entry.key.1).collect();
+            names.sort();
+            names.join(" ")
+        };
+        let all = "r:5000/both:1 r:5000/new:1 r:5000/serving:1 r:5000/serving:2 r:5000/stored:1";
+        assert_eq!(listed(&state, None), all);
+        let (store, runtime) = (Some(v1::Place::Store), Some(v1::Place::Runtime));
+        assert_eq!(listed(&state, store), "r:5000/both:1 r:5000/stored:1");
+        assert_eq!(listed(&state, runtime), " r:5000/serving:1 r:5000/serving:2");
+        inventory.connected = false;
+        state.runtime = std::sync::Arc::new(inventory);
+        assert_eq!(listed(&state, runtime), "");
     }
 
     #[test]

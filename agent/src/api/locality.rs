@@ -83,7 +83,7 @@ impl LocalityService for Api {
         let with_pods = mask::wants_pods(request.read_mask.as_ref(), "pods");
         let state = self.state();
         let pulls = state.pulls(self.puller.pulls());
-        let (entries, next_page_token) = page.cut(list::entries(&state, &pulls));
+        let (entries, next_page_token) = page.cut(list::entries(&state, &pulls, page.place));
         let models = entries
             .iter()
             .map(|entry| {

@@ -160,6 +160,14 @@ impl Model {
         }
     }
 
+    /// Where it is complete: `store`, `runtime`, both, or `-`.
+    pub(super) fn places(&self) -> String {
+        match self.places.as_slice() {
+            [] => "-".into(),
+            places => places.join(", "),
+        }
+    }
+
     /// For a table.
     pub(super) fn name(&self) -> String {
         if self.reference.is_empty() { self.digest.clone() } else { self.reference.clone() }

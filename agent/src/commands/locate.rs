@@ -112,9 +112,10 @@ fn text(node: &Node) -> String {
         text += &format!("GPUs: {} free, {} match\n", gpu.free_count, gpu.matching_count);
     }
     let rows = node.models.iter().map(|model| {
-        vec![model.name(), ask::short(&model.digest), model.state.clone(), model.size()]
+        let (digest, state) = (ask::short(&model.digest), model.state.clone());
+        vec![model.name(), digest, state, model.places(), model.size()]
     });
-    text += &table(&["MODEL", "DIGEST", "STATE", "SIZE"], rows);
+    text += &table(&["MODEL", "DIGEST", "STATE", "WHERE", "SIZE"], rows);
     text.push('\n');
     for reason in &node.reasons {
         text += &format!("{}: {}\n", reason.code, reason.message);

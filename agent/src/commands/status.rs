@@ -121,11 +121,12 @@ fn text(node: &Node) -> String {
                 model.name(),
                 ask::short(&model.digest),
                 model.state.clone(),
+                model.places(),
                 model.size(),
                 model.mount_count.to_string(),
             ]
         });
-        text += &table(&["MODEL", "DIGEST", "STATE", "SIZE", "VOLUMES"], rows);
+        text += &table(&["MODEL", "DIGEST", "STATE", "WHERE", "SIZE", "VOLUMES"], rows);
         text.push('\n');
         for model in &node.models {
             if let Some(error) = &model.error {

@@ -1,12 +1,13 @@
 //! An entry of the list that is to be in the node's container runtime.
 //!
 //! ```text
-//! there already ──────────────────────────────────────┐
-//! else CRI's PullImage, with the node's login ─────────┴─► pinned ─► there
+//! there already, as its name means now ────────────────┐
+//! else in the store: given to containerd by hard links ─┼─► pinned ─► there
+//! else CRI's PullImage, with the node's login ──────────┘
 //!        │ every few seconds: does the runtime live, how much has arrived?
 //! ```
 //!
-//! The runtime pulls, so its own mirrors, certificates and limits hold, and none of the caps here.
+//! Where the runtime pulls, its own mirrors, certificates and limits hold, and none of the caps here.
 //!
 //! # What always holds
 //!
@@ -14,11 +15,12 @@
 //! - **Nothing is claimed.** How far a pull is is told where containerd tells it, and the image's layers are
 //!   known; that the kubelet leaves it alone, where CRI says so.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use carport_image::manifest::Blob;
+use carport_image::runtime::{Publication, PublishError};
 use carport_image::{Digest, Puller, Reference, Runtime};
 
 use super::plan::{Ended, Start};
@@ -30,8 +32,10 @@ const LOOK: Duration = Duration::from_secs(5);
 const MAX_SILENT: u32 = 3;
 /// What no pull takes: a terabyte at 50 MB/s.
 const MAX_PULL: Duration = Duration::from_secs(6 * 3600);
-/// How long the registry may take to tell an image's layers, for its progress only.
-const MANIFEST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long the registry may take to tell what a name means. The runtime may reach it where we do not.
+const MANIFEST_PATIENCE: Duration = Duration::from_secs(15);
+/// How often it is looked, and how long from one look to the next, whether CRI has heard of an image.
+const HEARING: (u32, Duration) = (20, Duration::from_millis(100));
 
 /// What is said of an image that was to be pinned and is not.
 const UNPINNED: &str = "the kubelet may remove it: this runtime keeps no image by wish (containerd does from \
@@ -86,13 +90,13 @@ impl IntoRuntime {
         let image = match here {
             Some(image) if !start.again => image,
             before => {
-                self.pull(start, name).await?;
+                self.fetch(start, name, before.as_ref()).await?;
                 let image = self.cri.image(name).await?;
                 let image = image.ok_or_else(|| {
                     CriError::Failed("it says that it has pulled the image, and has it not".into())
                 })?;
                 if before.as_ref().is_none_or(|before| before.digests != image.digests) {
-                    tracing::info!(image = name, "pulled into the container runtime");
+                    tracing::info!(image = name, "brought into the container runtime");
                 }
                 image
             }
@@ -104,8 +108,74 @@ impl IntoRuntime {
         Ok(Ended::There { digest: digest(&image, &start.entry.image), note })
     }
 
-    /// Has it pulled, and looks after the pull.
-    async fn pull(&self, start: &Start, name: &str) -> Result<(), CriError> {
+    /// Has it there as its name means now, at the least cost.
+    async fn fetch(
+        &self,
+        start: &Start,
+        name: &str,
+        before: Option<&CriImage>,
+    ) -> Result<(), CriError> {
+        let image = &start.entry.image;
+        // What the store has need not be asked about, where it is the first time.
+        let stored = match start.again {
+            false => self.stored(image).await,
+            true => None,
+        };
+        if let Some(digest) = stored
+            && self.published(image, digest, name).await?
+        {
+            return Ok(());
+        }
+        let asked = tokio::time::timeout(MANIFEST_PATIENCE, self.puller.layers(image)).await;
+        let meant = asked.ok().and_then(Result::ok);
+        if let Some((digest, _)) = &meant {
+            if before.is_some_and(|before| before.is_named_by(digest)) {
+                return Ok(());
+            }
+            if stored != Some(*digest) && self.published(image, *digest, name).await? {
+                return Ok(());
+            }
+        }
+        let layers = meant.map(|(_, layers)| layers).unwrap_or_default();
+        self.pull(start, name, &layers).await
+    }
+
+    /// What the image means in the store.
+    async fn stored(&self, image: &Reference) -> Option<Digest> {
+        let (store, image) = (self.puller.store().clone(), image.clone());
+        let found = tokio::task::spawn_blocking(move || store.lookup(&image)).await;
+        found.ok()?.ok()?
+    }
+
+    /// Gives the store's image to containerd. False where that cannot be: it is to be pulled.
+    async fn published(
+        &self,
+        image: &Reference,
+        digest: Digest,
+        name: &str,
+    ) -> Result<bool, CriError> {
+        let feeds = |containerd: &&Runtime| containerd.publishes_to_pods();
+        let Some(containerd) = self.containerd().filter(feeds) else { return Ok(false) };
+        let what = Publication { image: digest, name: image.clone(), pinned: false };
+        match containerd.publish(self.puller.store(), &what).await {
+            Ok(_) => {}
+            Err(PublishError::Away(why)) => return Err(CriError::Away(why)),
+            Err(error) => {
+                tracing::debug!(image = name, %error, "to be pulled into the container runtime");
+                return Ok(false);
+            }
+        }
+        for _ in 0..HEARING.0 {
+            if self.cri.image(name).await?.is_some_and(|image| image.is_named_by(&digest)) {
+                return Ok(true);
+            }
+            tokio::time::sleep(HEARING.1).await;
+        }
+        Ok(false)
+    }
+
+    /// Has it pulled, and looks after the pull; `layers` as far as they are known.
+    async fn pull(&self, start: &Start, name: &str, layers: &[Blob]) -> Result<(), CriError> {
         let image = &start.entry.image;
         let credential = self.puller.credential(image).await;
         let credential = credential.map_err(|error| CriError::Failed(error.to_string()))?;
@@ -116,37 +186,29 @@ impl IntoRuntime {
                 let why = format!("not pulled within {} h", MAX_PULL.as_secs() / 3600);
                 Err(CriError::Failed(why))
             }),
-            why = self.watch(image, &start.arrived) => Err(CriError::Away(why)),
+            why = self.watch(layers, &start.arrived) => Err(CriError::Away(why)),
         }
     }
 
     /// Ends when the runtime does not answer any more.
-    async fn watch(&self, image: &Reference, arrived: &Arc<Arrived>) -> String {
-        let mut layers: Option<Vec<Blob>> = None;
+    async fn watch(&self, layers: &[Blob], arrived: &Arrived) -> String {
         let mut silent = 0;
-        loop {
+        while silent < MAX_SILENT {
             tokio::time::sleep(LOOK.min(self.cri.patience())).await;
-            match self.cri.identity().await {
-                Ok(_) => silent = 0,
-                Err(_) => silent += 1,
-            }
-            if silent >= MAX_SILENT {
-                return "it stopped answering while it pulled".into();
-            }
-            let Some(containerd) = self.containerd().filter(|_| silent == 0) else { continue };
-            if layers.is_none() {
-                // For its progress only: where that is not to be had, none is told.
-                let asked = tokio::time::timeout(MANIFEST_PATIENCE, self.puller.layers(image));
-                let found = asked.await.ok().and_then(Result::ok).map(|(_, layers)| layers);
-                layers = Some(found.unwrap_or_default());
-            }
-            let Some(layers) = layers.as_deref().filter(|layers| !layers.is_empty()) else {
+            silent = match self.cri.identity().await {
+                Ok(_) => 0,
+                Err(_) => silent + 1,
+            };
+            let Some(containerd) = self.containerd().filter(|_| !layers.is_empty()) else {
                 continue;
             };
-            if let Ok(bytes) = containerd.arrived_bytes(layers).await {
+            if silent == 0
+                && let Ok(bytes) = containerd.arrived_bytes(layers).await
+            {
                 arrived.set(bytes, layers.iter().map(|layer| layer.size).sum());
             }
         }
+        "it stopped answering while it pulled".into()
     }
 
     /// Keeps it, where that is to be had; what is to be said otherwise.
@@ -157,10 +219,10 @@ impl IntoRuntime {
         let Some(containerd) = self.containerd() else { return Ok(UNPINNED.into()) };
         containerd.pin(name).await.map_err(|error| CriError::Failed(error.to_string()))?;
         // CRI hears of it by an event.
-        for _ in 0..10 {
+        for _ in 0..HEARING.0 {
             match self.cri.image(name).await? {
                 Some(image) if image.pinned => return Ok(String::new()),
-                Some(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                Some(_) => tokio::time::sleep(HEARING.1).await,
                 None => return Err(CriError::Failed("removed before it could be pinned".into())),
             }
         }
@@ -174,7 +236,7 @@ impl IntoRuntime {
     }
 
     /// Takes away pins that the list in force does not wish. False: to be tried again.
-    pub(super) async fn unpin_all_but(&self, wanted: &std::collections::BTreeSet<String>) -> bool {
+    pub(super) async fn unpin_all_but(&self, wanted: &BTreeSet<String>) -> bool {
         let Some(containerd) = self.containerd() else { return true };
         match containerd.unpin_all_but(wanted).await {
             Ok(0) => true,
@@ -262,8 +324,8 @@ mod tests {
             cri: Cri::patient_for(vec![socket], Duration::from_millis(20)),
             puller: Puller::new(store, sources, PullOptions::default()),
         };
-        let (image, arrived) = ("r/a:1".parse().unwrap(), Arc::default());
-        let watch = into.watch(&image, &arrived);
+        let arrived = Arrived::default();
+        let watch = into.watch(&[], &arrived);
         let why = tokio::time::timeout(Duration::from_secs(20), watch).await.unwrap();
         assert_eq!(why, "it stopped answering while it pulled");
     }

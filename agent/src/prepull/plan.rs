@@ -39,6 +39,8 @@ const MAX_RUNNING_RUNTIME: usize = 2;
 const FIRST_RETRY: Duration = Duration::from_secs(10);
 /// An image that is pushed to a registry later is then found within so long.
 const MAX_RETRY: Duration = Duration::from_secs(300);
+/// What is said of an image that is to be in both places.
+const STORE_FIRST: &str = "the store has it first";
 /// What is said of an image until it is brought back.
 const REMOVED: &str = "was removed from the container runtime";
 /// A list of the runtime that is so much newer than a pull shows its image.
@@ -154,7 +156,12 @@ impl Plan {
     pub(super) fn turn(&mut self, node: Node<'_>) -> Vec<Start> {
         let mut ready: Vec<&mut Item> = Vec::new();
         let (mut running, mut by_runtime) = (0, 0);
+        let for_store = self.for_store(node);
         for item in self.items.values_mut() {
+            let waits = item.entry.target == Target::Runtime
+                && item.running.is_none()
+                && item.state != EntryState::Ready
+                && for_store.contains(&item.entry.image);
             if let Some((state, why)) = item.barred(node) {
                 // What is here stays, and is not asked about until it may be.
                 if item.state != EntryState::Ready {
@@ -169,6 +176,9 @@ impl Plan {
                 Some(_) => {
                     running += 1;
                     by_runtime += usize::from(item.entry.target == Target::Runtime);
+                }
+                None if waits => {
+                    (item.state, item.message) = (EntryState::Waiting, STORE_FIRST.into());
                 }
                 None if item.due <= node.now => ready.push(item),
                 None if item.message == REMOVED => {}
@@ -210,6 +220,19 @@ impl Plan {
             item.running = Some(run);
         }
         starts
+    }
+
+    /// Images on their way into the store, or soon: from there they are given to the runtime without a copy.
+    fn for_store(&self, node: Node<'_>) -> HashSet<Reference> {
+        let items = self.items.values().filter(|item| {
+            item.entry.target == Target::Store
+                && !matches!(
+                    item.state,
+                    EntryState::Ready | EntryState::Failed | EntryState::NoRoom
+                )
+                && item.barred(node).is_none()
+        });
+        items.map(|item| item.entry.image.clone()).collect()
     }
 
     /// Takes note of how a try ended; `spread` is a number from 0 to 1 that differs between nodes.
@@ -550,13 +573,25 @@ mod tests {
         };
         assert_eq!((first.len(), by_runtime(&first)), (8, MAX_RUNNING_RUNTIME));
         assert!(bench.plan.is_arriving());
-        // The same image in the other place is another entry.
         let there = |note: &str| Ended::There { digest: None, note: note.into() };
         bench.end(&first[0], there("unpinned"));
         let states = bench.states();
         assert_eq!((states[0], states[6]), (EntryState::Ready, EntryState::Pulling));
         assert_eq!(bench.plan.report()[0].message, "unpinned");
         assert_eq!(by_runtime(&bench.turn()), 1);
+    }
+
+    #[test]
+    fn an_image_for_both_places_comes_into_the_store_first() {
+        let mut bench = Bench::new("images: [{image: 'r/a:1', target: runtime}, {image: 'r/a:1'}]");
+        let first = bench.turn();
+        assert_eq!((first.len(), first[0].entry.target), (1, Target::Store));
+        assert_eq!(bench.plan.report()[0].message, STORE_FIRST);
+        assert!(bench.turn().is_empty());
+        // Where it does not come, the runtime does not wait for ever.
+        bench.end(&first[0], Ended::NoRoom("full".into()));
+        let then = bench.turn();
+        assert_eq!((then.len(), then[0].entry.target), (1, Target::Runtime));
     }
 
     #[test]
