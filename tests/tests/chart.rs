@@ -79,14 +79,15 @@ fn kustomize(path: &str) -> Option<Vec<Value>> {
 #[test]
 fn the_chart_makes_what_the_manifests_make() {
     let nvidia: &[&str] = &["deploy/helm/carport/values-nvidia.yaml"];
-    let pairs: [(&str, &[&str]); 3] = [
-        ("daemonset", &[]),
-        ("daemonset/overlays/nvidia", nvidia),
+    let pairs: [(&str, &[&str], &str); 4] = [
+        ("daemonset", &[], "{}"),
+        ("daemonset/overlays/nvidia", nvidia, "{}"),
         // A list of its own, which is empty until somebody writes it.
-        ("daemonset/overlays/kserve", nvidia),
+        ("daemonset/overlays/kserve", nvidia, "{}"),
+        ("daemonset/overlays/without-streaming", &[], "streaming: {enabled: false}"),
     ];
-    for (path, files) in pairs {
-        let Some(rendered) = render(files, "{}") else { return };
+    for (path, files, values) in pairs {
+        let Some(rendered) = render(files, values) else { return };
         let Some(manifests) = kustomize(path) else { return };
         let (chart, manifests) = (alike(rendered.unwrap()), alike(manifests));
         let names = |objects: &[Value]| -> Vec<String> {

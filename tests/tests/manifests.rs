@@ -308,7 +308,7 @@ fn a_registry_login_is_optional_and_where_it_is_looked_for() {
 
 #[test]
 fn the_image_is_of_this_version() {
-    for path in ["daemonset", "daemonset/overlays/nvidia"] {
+    for path in ["daemonset", "daemonset/overlays/nvidia", "daemonset/overlays/without-streaming"] {
         let text = read(&deploy(path).join("kustomization.yaml"));
         let images = &documents(&text)[0]["images"];
         assert_eq!(named(images, "carport")["newTag"], env!("CARGO_PKG_VERSION"), "{path}");
@@ -401,14 +401,17 @@ fn the_agent_is_not_restricted_in_what_its_rights_are_for() {
     let pod = pod();
     let mut found = violations(&pod);
     found.retain(|violation| !violation.starts_with("volume "));
-    let expected = [
-        "hostNetwork: true",
-        "agent: runAsUser: 0",
-        "agent: runAsNonRoot is not true",
-        "agent: privileged: true",
-        "agent: allowPrivilegeEscalation is not false",
-        "agent: capabilities.drop without ALL",
-    ];
+    let mut expected = vec!["hostNetwork: true".to_owned(), "hostPID: true".to_owned()];
+    for container in ["agent", "sessions"] {
+        let of_each = [
+            "runAsUser: 0",
+            "runAsNonRoot is not true",
+            "privileged: true",
+            "allowPrivilegeEscalation is not false",
+            "capabilities.drop without ALL",
+        ];
+        expected.extend(of_each.map(|violation| format!("{container}: {violation}")));
+    }
     assert_eq!(found, expected);
 }
 
@@ -512,6 +515,21 @@ fn the_nvidia_overlay_adds_a_runtime_class_and_nothing_else() {
     let selector = pod["nodeSelector"].as_object_mut().unwrap();
     assert_eq!(selector.remove("nvidia.com/gpu.present").unwrap(), "true");
     assert_eq!(nvidia, plain);
+}
+
+#[test]
+fn without_streaming_the_agent_is_alone_and_sees_no_other_processes() {
+    let (Some(mut plain), Some(without)) =
+        (kustomize("daemonset"), kustomize("daemonset/overlays/without-streaming"))
+    else {
+        return;
+    };
+    let set = plain.iter_mut().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let pod = set["spec"]["template"]["spec"].as_object_mut().unwrap();
+    assert_eq!(pod.remove("hostPID").unwrap(), true);
+    let containers = pod["containers"].as_array_mut().unwrap();
+    containers.retain(|container| container["name"] == "agent");
+    assert_eq!(without, plain);
 }
 
 #[test]

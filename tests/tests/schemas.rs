@@ -70,9 +70,10 @@ fn everything() -> Vec<(String, Vec<Value>)> {
     let mut found = files("deploy/examples");
     found.extend(files("deploy/observability"));
     found.extend(shown());
-    for path in ["daemonset", "daemonset/overlays/nvidia", "daemonset/overlays/kserve"] {
-        let text = kustomize::rendered(&workspace().join("deploy").join(path));
-        found.extend(text.map(|text| (path.to_owned(), documents(&text))));
+    for overlay in ["", "overlays/nvidia", "overlays/kserve", "overlays/without-streaming"] {
+        let path = workspace().join("deploy/daemonset").join(overlay);
+        let text = kustomize::rendered(&path);
+        found.extend(text.map(|text| (path.display().to_string(), documents(&text))));
     }
     let all = "
         config:
@@ -80,6 +81,7 @@ fn everything() -> Vec<(String, Vec<Value>)> {
           csi: {layoutFolders: [/srv/models]}
         imagePullSecrets: [{name: login}]
         runtimeClassName: nvidia
+        streaming: {enabled: true}
         networkPolicy: {from: [{namespaceSelector: {matchLabels: {a: b}}}]}
         podMonitor: {enabled: true, labels: {release: prometheus}}
         extraVolumes: [{name: tls, secret: {secretName: carport-tls}}]
