@@ -64,6 +64,14 @@ fn alike(mut objects: Vec<Value>) -> Vec<Value> {
                 volume["configMap"]["name"] = json!("carport-config");
             }
         }
+        // In whatever order: the runtime mounts parents first.
+        let by_name = |list: &mut Value| {
+            list.as_array_mut().unwrap().sort_by_key(|entry| entry["name"].to_string());
+        };
+        by_name(&mut template["spec"]["volumes"]);
+        for container in template["spec"]["containers"].as_array_mut().unwrap() {
+            by_name(&mut container["volumeMounts"]);
+        }
     }
     // Helm makes no namespace: `--create-namespace` does.
     objects.retain(|object| object["kind"] != "Namespace");
@@ -79,12 +87,13 @@ fn kustomize(path: &str) -> Option<Vec<Value>> {
 #[test]
 fn the_chart_makes_what_the_manifests_make() {
     let nvidia: &[&str] = &["deploy/helm/carport/values-nvidia.yaml"];
-    let pairs: [(&str, &[&str], &str); 4] = [
+    let pairs: [(&str, &[&str], &str); 5] = [
         ("daemonset", &[], "{}"),
         ("daemonset/overlays/nvidia", nvidia, "{}"),
         // A list of its own, which is empty until somebody writes it.
         ("daemonset/overlays/kserve", nvidia, "{}"),
         ("daemonset/overlays/without-streaming", &[], "streaming: {enabled: false}"),
+        ("daemonset/overlays/shared-with-containerd", &[], "commonParent: /var/lib"),
     ];
     for (path, files, values) in pairs {
         let Some(rendered) = render(files, values) else { return };
@@ -229,6 +238,11 @@ fn wrong_values_are_refused_by_name() {
         ("config: {http: {listen: '0.0.0.0:0'}}", "listen"),
         ("prepull: {images: [{imag: a}]}", "imag"),
         ("networkPolicy: {from: []}", "from"),
+        ("commonParent: /var/lib/", "commonParent"),
+        (
+            "{commonParent: /var/lib, config: {root: /data/carport}}",
+            "/data/carport is not below /var/lib",
+        ),
         (
             "{podMonitor: {enabled: true}, serviceMonitor: {enabled: true}}",
             "scrape each agent twice",

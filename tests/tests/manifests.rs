@@ -308,7 +308,12 @@ fn a_registry_login_is_optional_and_where_it_is_looked_for() {
 
 #[test]
 fn the_image_is_of_this_version() {
-    for path in ["daemonset", "daemonset/overlays/nvidia", "daemonset/overlays/without-streaming"] {
+    for path in [
+        "daemonset",
+        "daemonset/overlays/nvidia",
+        "daemonset/overlays/without-streaming",
+        "daemonset/overlays/shared-with-containerd",
+    ] {
         let text = read(&deploy(path).join("kustomization.yaml"));
         let images = &documents(&text)[0]["images"];
         assert_eq!(named(images, "carport")["newTag"], env!("CARGO_PKG_VERSION"), "{path}");
@@ -530,6 +535,29 @@ fn without_streaming_the_agent_is_alone_and_sees_no_other_processes() {
     let containers = pod["containers"].as_array_mut().unwrap();
     containers.retain(|container| container["name"] == "agent");
     assert_eq!(without, plain);
+}
+
+/// Hard links do not cross mounts.
+#[test]
+fn what_is_shared_with_containerd_is_on_one_mount() {
+    let Some(objects) = kustomize("daemonset/overlays/shared-with-containerd") else { return };
+    let set = objects.iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let pod = &set["spec"]["template"]["spec"];
+    for container in array(&pod["containers"]) {
+        let over = |path: &str| {
+            let mounts = array(&container["volumeMounts"]).iter();
+            let above = mounts
+                .filter(|mount| Path::new(path).starts_with(mount["mountPath"].as_str().unwrap()));
+            let longest = |mount: &&Value| mount["mountPath"].as_str().unwrap().len();
+            above.max_by_key(longest).unwrap_or_else(|| panic!("{path}"))
+        };
+        let (store, containerd) = (over("/var/lib/carport"), over("/var/lib/containerd"));
+        assert_eq!(store, containerd);
+        assert_eq!(store["mountPropagation"], "HostToContainer");
+        assert_ne!(store["readOnly"], true);
+    }
+    let common = named(&pod["volumes"], "common");
+    assert_eq!(common["hostPath"], json!({"path": "/var/lib", "type": "Directory"}));
 }
 
 #[test]

@@ -70,8 +70,9 @@ fn everything() -> Vec<(String, Vec<Value>)> {
     let mut found = files("deploy/examples");
     found.extend(files("deploy/observability"));
     found.extend(shown());
-    for overlay in ["", "overlays/nvidia", "overlays/kserve", "overlays/without-streaming"] {
-        let path = workspace().join("deploy/daemonset").join(overlay);
+    let overlays = std::fs::read_dir(workspace().join("deploy/daemonset/overlays")).unwrap();
+    let overlays = overlays.map(|entry| entry.unwrap().path());
+    for path in overlays.chain([workspace().join("deploy/daemonset")]) {
         let text = kustomize::rendered(&path);
         found.extend(text.map(|text| (path.display().to_string(), documents(&text))));
     }
