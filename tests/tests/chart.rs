@@ -218,12 +218,13 @@ fn the_list_that_comes_out_is_one() {
           refresh: 10m
           images:
             - {image: 'registry.example/a:v1', priority: 10, pin: forever, warmPageCache: true}
-            - {image: 'registry.example/b:v1', when: {gpus: {count: 2, memory: 80GB}}}";
+            - {image: 'registry.example/b:v1', when: {gpus: {count: 2, memory: 80GB}}}
+            - {image: 'registry.example/c:v1', target: runtime}";
     let Some(objects) = render(&[], values) else { return };
     let objects = objects.unwrap();
     let text = &one(&objects, "ConfigMap", "carport-prepull")["data"]["list.yaml"];
     let list = List::parse("list.yaml".as_ref(), text.as_str().unwrap()).unwrap();
-    assert_eq!(list.images.len(), 2);
+    assert_eq!(list.images.len(), 3);
 }
 
 #[test]
@@ -279,6 +280,19 @@ fn the_schema_names_each_value_and_each_section_of_the_configuration() {
     // Each node has its own, from the downward API.
     sections.retain(|name| name != "nodeName");
     assert_eq!(sorted(keys(&schema["properties"]["config"]["properties"])), sorted(sections));
+
+    // And each field of an entry of the pre-pull list.
+    let fields = std::fs::read_to_string(workspace().join("docs/prepull.md")).unwrap();
+    let (_, fields) = fields.split_once("| `images` |").unwrap();
+    let (fields, _) = fields.split_once("\n\n").unwrap();
+    let names = fields.lines().skip(1).map(|row| {
+        let name = row.trim_start_matches("| `").split('`').next().unwrap();
+        name.split('.').next().unwrap().to_owned()
+    });
+    let mut names = sorted(names.collect());
+    names.dedup();
+    let entry = &schema["properties"]["prepull"]["properties"]["images"]["items"]["properties"];
+    assert_eq!(sorted(keys(entry)), names);
 
     let about = documents(&read("Chart.yaml")).remove(0);
     assert_eq!(about["version"], env!("CARGO_PKG_VERSION"));

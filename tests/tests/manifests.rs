@@ -576,5 +576,5 @@ fn the_kserve_overlay_is_that_of_nvidia_with_a_list_of_its_own() {
     assert_ne!(old["data"], new["data"]);
     assert_eq!(old["metadata"], new["metadata"], "the name that the pod mounts");
     let text = new["data"]["list.yaml"].as_str().unwrap();
-    assert!(without_comments(text).images.len() >= 2);
+    assert_eq!(without_comments(text).images.len(), 4);
 }
