@@ -262,6 +262,11 @@ fn rights_and_devices_that_are_missing_are_told() {
     let report = Report::within(&home, "", &bare);
     report.is("mounts", "fail", "not permitted; run the agent as root with CAP_SYS_ADMIN");
 
+    // In a pod without hostPID, on a kernel that would do.
+    let alone = ["unshare", "--pid", "--fork", "--mount-proc"];
+    Report::within(&home, "", &alone).is("native", "warn", "of pods are not seen from here");
+    Report::within(&home, "", &bare).is("native", "warn", "not mount beneath another mount");
+
     let no_device = "mount -t tmpfs tmpfs /dev";
     Report::within(&home, no_device, &[]).is("fuse", "warn", "/dev/fuse: No such file");
     let no_helper = r#"export PATH="$HOME""#;

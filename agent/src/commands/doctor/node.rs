@@ -41,6 +41,9 @@ pub(super) fn kernel(config: &Config) -> Vec<Check> {
         )),
     }
     checks.push(fuse(root));
+    if config.csi.enabled && root {
+        checks.push(native(&release));
+    }
     checks.push(match page_cache::try_kernel() {
         Ok(()) => Check::ok("cachestat", "the kernel tells what is in the page cache"),
         Err(error) => Check::warn(
@@ -75,6 +78,40 @@ fn fuse(root: bool) -> Check {
             "fusermount3 is not in PATH",
             format!("{what} does not work for this user; install the package fuse3"),
         ),
+    }
+}
+
+/// The number of the PID namespace that a machine starts with (`PROC_PID_INIT_INO` of the kernel).
+const HOSTS_PROCESSES: u64 = 0xEFFF_FFFC;
+
+/// Whether streaming volumes can be turned into kernel mounts in pods that run.
+fn native(release: &str) -> Check {
+    let until = "until then volumes that stream stay FUSE until their pods go";
+    if let Err(error) = mounts_beneath() {
+        return Check::warn(
+            "native",
+            format!("Linux {release} does not mount beneath another mount: {error}"),
+            format!("use Linux 6.5 or newer; {until}"),
+        );
+    }
+    let processes = rustix::fs::stat("/proc/self/ns/pid").map(|stat| stat.st_ino);
+    if processes != Ok(HOSTS_PROCESSES) {
+        return Check::warn(
+            "native",
+            "the processes of pods are not seen from here",
+            format!("set hostPID: true in the agent's pod; {until}"),
+        );
+    }
+    Check::ok("native", "volumes that stream become kernel mounts in pods that run")
+}
+
+/// Moves nothing: there is no such mount. A kernel that does not know the flag says so before it looks.
+fn mounts_beneath() -> rustix::io::Result<()> {
+    use rustix::fs::CWD;
+    let flag = rustix::mount::MoveMountFlags::MOVE_MOUNT_BENEATH;
+    match rustix::mount::move_mount(CWD, "/proc/self/absent", CWD, "/", flag) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+        Err(error) => Err(error),
     }
 }
 
