@@ -31,6 +31,9 @@ use report::Report;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
+    if let Some(file) = swap::pod() {
+        return swap::run_pod(Path::new(&file));
+    }
     // Cargo's own flags for benches mean nothing here; one that is no flag chooses figures by name.
     let only = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
     let wanted = |name: &str| only.as_deref().is_none_or(|only| name.contains(only));

@@ -1,21 +1,23 @@
 //! Turning a running pod native, while it opens and reads as fast as it can.
-#![allow(unsafe_code, reason = "a mount namespace of its own is a raw system call")]
 
+use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc;
 
 use anyhow::{Context as _, ensure};
 use carport_csi::fuse::FuseMount;
 use carport_csi::mount::native::{Turned, turn};
 use carport_csi::mount::{Device, Tree};
-use rustix::mount::{MountPropagationFlags, UnmountFlags};
-use rustix::thread::UnshareFlags;
+use rustix::mount::UnmountFlags;
 
 use crate::report::{Figure, Report};
+
+/// Tells this program that it is a pod, and which file it reads.
+const POD: &str = "CARPORT_BENCH_POD";
 
 const RUNS: usize = 20;
 const OPENERS: usize = 2;
@@ -69,31 +71,47 @@ fn turn_under_load(
     rootfs: &Path,
     target: &Path,
 ) -> anyhow::Result<(Turned, u64, u64)> {
+    // Another process than the server: one that waits for itself cannot be killed.
+    let mut pod = Command::new("unshare")
+        .args(["--mount", "--propagation", "private"])
+        .arg(std::env::current_exe()?)
+        .env(POD, target.join("models/weights"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("start a pod")?;
+    let mut lines = BufReader::new(pod.stdout.take().context("no pipe")?).lines();
+    let started = lines.next().context("the pod ended at once")??;
+    ensure!(started == "ready", "the pod says {started}");
+    let turned = turn(device, rootfs);
+    drop(pod.stdin.take());
+    let counts = lines.next().context("the pod ended early")??;
+    ensure!(pod.wait()?.success(), "the pod failed");
+    let (opens, failed) = counts.split_once(' ').context("no counts")?;
+    Ok((turned?, opens.parse()?, failed.parse()?))
+}
+
+/// The file that this process reads, where it is a pod.
+pub(crate) fn pod() -> Option<OsString> {
+    std::env::var_os(POD)
+}
+
+/// Opens and reads `file` until its input ends; says how often, and how often that failed.
+pub(crate) fn run_pod(file: &Path) -> anyhow::Result<()> {
     let (opens, failed, stop) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
-    let turned = std::thread::scope(|scope| {
-        let (ready, pod) = mpsc::channel();
-        scope.spawn(|| {
-            let ready = ready;
-            let started = enter_pod();
-            let is_up = started.is_ok();
-            // The other side waits for it.
-            let _ = ready.send(started);
-            std::thread::scope(|scope| {
-                for _ in 0..if is_up { OPENERS } else { 0 } {
-                    scope.spawn(|| {
-                        while !stop.load(Ordering::Relaxed) {
-                            let mut bytes = [0; 4096];
-                            let read = File::open(target.join("models/weights"))
-                                .and_then(|file| file.read_exact_at(&mut bytes, 8192));
-                            let wrong = read.is_err() || bytes != [1; 4096];
-                            failed.fetch_add(u64::from(wrong), Ordering::Relaxed);
-                            opens.fetch_add(1, Ordering::Relaxed);
-                        }
-                    });
+    std::thread::scope(|scope| {
+        for _ in 0..OPENERS {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let mut bytes = [0; 4096];
+                    let read =
+                        File::open(file).and_then(|file| file.read_exact_at(&mut bytes, 8192));
+                    let wrong = read.is_err() || bytes != [1; 4096];
+                    failed.fetch_add(u64::from(wrong), Ordering::Relaxed);
+                    opens.fetch_add(1, Ordering::Relaxed);
                 }
             });
-        });
-        let mut pod = pod.recv().context("the pod's thread has gone")??;
+        }
         let more = || {
             let goal = opens.load(Ordering::Relaxed) + OPENS_AROUND;
             while opens.load(Ordering::Relaxed) < goal {
@@ -101,23 +119,12 @@ fn turn_under_load(
             }
         };
         more();
-        let turned = turn(device, rootfs);
+        println!("ready");
+        let ended = std::io::stdin().read_to_end(&mut Vec::new());
         more();
         stop.store(true, Ordering::Relaxed);
-        pod.kill()?;
-        pod.wait()?;
-        anyhow::Ok(turned?)
+        ended
     })?;
-    Ok((turned, opens.into_inner(), failed.into_inner()))
-}
-
-/// Gives the calling thread a pod's mounts: copies, on which nothing that happens outside has an
-/// effect. A process shows that they are there.
-fn enter_pod() -> anyhow::Result<Child> {
-    // SAFETY: descriptors stay shared; only the mounts of this thread, and of those that it
-    // starts, are its own.
-    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)? };
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    rustix::mount::mount_change("/", private)?;
-    Command::new("sleep").arg("600").spawn().context("start a process in the pod")
+    println!("{} {}", opens.into_inner(), failed.into_inner());
+    Ok(())
 }
