@@ -122,7 +122,7 @@ impl Device {
     }
 
     /// Whether anything holds this file system: a mount in any namespace, seen or not, an open
-    /// file, a mapping, a working folder. Only then may its server end.
+    /// file, a mapping, a working folder. Its server may end when nothing does.
     ///
     /// The kernel lets the number go a moment after the session has ended, and gives it to another
     /// file system then: ask while the session that made it is known to run.
