@@ -297,7 +297,8 @@ impl Volumes {
             let has_volume =
                 volumes.iter().any(|(_, mounted)| device(mounted) == Some(shown.device));
             let is_newest = known.newest(&shown.digest) == Some(session);
-            if !has_volume && !(is_newest && used.contains(&shown.digest)) {
+            let has_more = is_newest && used.contains(&shown.digest);
+            if !has_volume && !has_more {
                 end(streams, session).await;
             }
         }
