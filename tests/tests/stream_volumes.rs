@@ -13,7 +13,7 @@ use carport_csi::fuse::{self, FS_TYPE};
 use carport_proto::csi::v1 as csi;
 use carport_tests::carport::binary;
 use carport_tests::images::{Image, Tar, noise};
-use carport_tests::node::{Node, Pod, Setup, eventually};
+use carport_tests::node::{Node, Pod, Setup, eventually, publish_request};
 use carport_tests::scripted::{Answer, Gate, Request, Scripted};
 
 const SHARD_BYTES: usize = 12 * 1024 * 1024 + 333;
@@ -460,4 +460,47 @@ async fn sessions_live_in_a_container_of_their_own_and_are_waited_for_where_it_i
     gate.open();
     eventually("turned native", async || is_native(&node, &pod)).await;
     assert!(read(&node, &pod, "model-1.safetensors").await.unwrap() == shard(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_arrives_is_shown_to_nobody_who_may_not_pull_it() {
+    let (image, gate) = (image(), Gate::closed_at(OPEN_BYTES));
+    let (served, passing) = (image.clone(), gate.clone());
+    // user:password
+    let right = "Basic dXNlcjpwYXNzd29yZA==";
+    let server = Scripted::start(move |request| {
+        if request.header("authorization") != Some(right) {
+            return Answer::status(401).header("www-authenticate", "Basic realm=\"models\"");
+        }
+        let held = range_of(request)
+            .is_some_and(|(from, to)| from < SHARD_BYTES as u64 && OPEN_BYTES < to);
+        if held { served.answer_gated(request, &passing) } else { served.answer(request) }
+    })
+    .await;
+    let test = "an_image_that_arrives_is_shown_to_nobody_who_may_not_pull_it";
+    let Some(node) = node(test, &server) else { return };
+    let digest = format!("{}/models/llama@{}", server.host(), image.digest());
+    let publish = async |pod: &Pod, image: &str, auth: Option<&str>| {
+        let mut request = publish_request(pod, &[("image", image), ("mode", "stream")]);
+        if let Some(auth) = auth {
+            let config = serde_json::json!({"auths": {server.host(): {"auth": auth}}});
+            request.secrets.insert(".dockerconfigjson".into(), config.to_string());
+        }
+        node.csi().await.node_publish_volume(request).await
+    };
+    let [owner, other, third] = ["owner", "other", "third"].map(|uid| node.pod(uid));
+    publish(&owner, &name(&server), Some("dXNlcjpwYXNzd29yZA==")).await.unwrap();
+    assert!(read(&node, &owner, "model-3.safetensors").await.unwrap() == shard(3));
+    // None, and wrong ones; by tag, and by the digest that is on its way.
+    for (image, auth) in [(&name(&server), None), (&digest, None), (&digest, Some("dTpw"))] {
+        let error = publish(&other, image, auth).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::PermissionDenied, "{error}");
+        assert!(!node.inside(&other.target).exists());
+    }
+    publish(&third, &digest, Some("dXNlcjpwYXNzd29yZA==")).await.unwrap();
+    assert!(read(&node, &third, "model-2.safetensors").await.unwrap() == shard(2));
+    assert!(!node.log().contains("dXNlcjpwYXNzd29yZA"), "no credentials in the log");
+    let config = node.socket().with_file_name("stream").join("config.yaml");
+    let config = fs::read_to_string(node.inside(&config)).unwrap();
+    assert!(!config.contains("dXNlcjpwYXNzd29yZA"), "no credentials on the disk");
 }

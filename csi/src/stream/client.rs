@@ -199,8 +199,12 @@ impl Streams {
                 let error = self.listen().await.err();
                 inner.puller.show_elsewhere(Vec::new());
                 let before = inner.known.send_replace(Known::Away);
-                if matches!(before, Known::Sessions(_)) {
-                    tracing::warn!(?error, "the process with the streaming sessions is gone");
+                match before {
+                    Known::Sessions(sessions) if !sessions.is_empty() => {
+                        tracing::warn!(?error, "the process with the streaming sessions is gone");
+                    }
+                    Known::Sessions(_) => tracing::info!("no process has streaming sessions"),
+                    Known::Nothing | Known::Away => {}
                 }
                 tokio::select! {
                     () = inner.connected.notified() => {}

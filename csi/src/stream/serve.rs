@@ -12,7 +12,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use carport_image::Puller;
 use carport_image::pull::{Arriving, PullHandle, PullProgress, PullState};
@@ -139,7 +139,6 @@ struct Server {
     tasks: TaskTracker,
 }
 
-#[derive(Default)]
 struct Table {
     last: u64,
     sessions: Vec<Held>,
@@ -167,6 +166,12 @@ impl Drop for Hold {
     }
 }
 
+/// Behind those of every process before this one: one that ends may still take its own mounts away.
+fn first_number() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or_default()
+}
+
 fn under_way(pulls: Vec<PullProgress>) -> impl Iterator<Item = Pull> {
     pulls.into_iter().filter_map(Pull::of)
 }
@@ -177,7 +182,7 @@ impl Server {
             puller,
             options,
             making: tokio::sync::Mutex::default(),
-            table: Mutex::default(),
+            table: Mutex::new(Table { last: first_number(), sessions: Vec::new() }),
             changes: watch::Sender::new(0),
             tasks: TaskTracker::new(),
         }
@@ -245,7 +250,10 @@ impl Server {
             }
         };
         // Its last steps are not waited for in a session of their own.
-        let arriving = arriving.filter(|arriving| !self.is_stored(arriving));
+        let arriving = match arriving {
+            Some(arriving) if !self.is_stored(&arriving).await => Some(arriving),
+            _ => None,
+        };
         let Some(arriving) = arriving else {
             let answer = match pull.wait().await {
                 Ok(_) => Answer::Complete,
@@ -264,9 +272,10 @@ impl Server {
         }
     }
 
-    fn is_stored(&self, arriving: &Arriving) -> bool {
-        let image = tokio::task::block_in_place(|| self.puller.store().image(&arriving.digest()));
-        image.is_ok_and(|image| image.is_some())
+    async fn is_stored(&self, arriving: &Arriving) -> bool {
+        let (store, digest) = (self.puller.store().clone(), arriving.digest());
+        let image = tokio::task::spawn_blocking(move || store.image(&digest)).await;
+        image.is_ok_and(|image| image.is_ok_and(|image| image.is_some()))
     }
 
     /// The session of an image, and its pull with it.

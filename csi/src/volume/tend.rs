@@ -104,13 +104,14 @@ impl Volumes {
             let mut look = tokio::time::interval(LOOK);
             let mut tended = Tended::default();
             loop {
-                if let Err(error) = self.tend(streams, &mut tended).await {
+                let busy = self.tend(streams, &mut tended).await.unwrap_or_else(|error| {
                     tracing::error!(%error, "cannot look after streaming volumes");
-                }
+                    true
+                });
                 tokio::select! {
                     _ = known.changed() => {}
                     _ = volumes.changed() => {}
-                    _ = look.tick() => {}
+                    _ = look.tick(), if busy => {}
                 }
             }
         };
@@ -120,11 +121,11 @@ impl Volumes {
         }
     }
 
-    /// Does what is to be done now.
-    async fn tend(&self, streams: &Streams, tended: &mut Tended) -> Result<(), StoreError> {
+    /// Does what is to be done now; false where nothing streams.
+    async fn tend(&self, streams: &Streams, tended: &mut Tended) -> Result<bool, StoreError> {
         let known = streams.known().borrow().clone();
         let sessions = match &known {
-            Known::Nothing => return Ok(()),
+            Known::Nothing => return Ok(false),
             Known::Away => &[][..],
             Known::Sessions(sessions) => sessions,
         };
@@ -133,7 +134,7 @@ impl Volumes {
         tell(streams, sessions, tended);
         if volumes.is_empty() && sessions.is_empty() {
             *tended = Tended::default();
-            return Ok(());
+            return Ok(false);
         }
         let images: HashSet<Digest> = volumes
             .iter()
@@ -169,7 +170,8 @@ impl Volumes {
         }
         let shown: HashSet<Device> = volumes.iter().filter_map(|(_, m)| device(m)).collect();
         tended.turning.retain(|device, turning| turning.pin.is_some() || shown.contains(device));
-        self.end_unused(streams, sessions).await
+        self.end_unused(streams, sessions).await?;
+        Ok(true)
     }
 
     /// Puts mounts of `root` in the place of those of `stale`, in all pods, and of what was turned before.
