@@ -79,3 +79,42 @@ async fn say(to: &mut (impl AsyncWrite + Unpin), what: &impl Serialize) -> io::R
     line.push(b'\n');
     to.write_all(&line).await
 }
+
+#[cfg(test)]
+mod tests {
+    use carport_image::pull::PullPolicy;
+    use carport_image::source::PullSecret;
+
+    use super::*;
+
+    async fn heard(mut bytes: &[u8]) -> Result<Option<String>, io::ErrorKind> {
+        hear(&mut bytes).await.map_err(|error| error.kind())
+    }
+
+    #[tokio::test]
+    async fn a_message_is_a_whole_line_of_bounded_length() {
+        assert_eq!(heard(b"\"ended\"\n").await, Ok(Some("ended".into())));
+        assert_eq!(heard(b"").await, Ok(None));
+        assert_eq!(heard(b"\"ended\"").await, Err(io::ErrorKind::UnexpectedEof));
+        assert_eq!(heard(b"{}\n").await, Err(io::ErrorKind::InvalidData));
+        let endless = vec![b' '; usize::try_from(wire::MAX_LINE_BYTES).unwrap() + 10];
+        assert_eq!(heard(&endless).await, Err(io::ErrorKind::UnexpectedEof));
+    }
+
+    #[tokio::test]
+    async fn what_is_asked_for_arrives_with_its_credentials_and_what_is_new_is_ignored() {
+        let secret = PullSecret::none().or_login("r.example", "u".into(), "p".into());
+        let image = "r.example/models/llama:v1".parse().unwrap();
+        let mut line = Vec::new();
+        let open = Open::new(image, PullPolicy::Always, None, &secret);
+        say(&mut line, &wire::Ask::Open(open)).await.unwrap();
+        let text = String::from_utf8(line).unwrap().replacen("\"image\"", "\"new\":1,\"image\"", 1);
+        let Some(wire::Ask::Open(open)) = hear(&mut text.as_bytes()).await.unwrap() else {
+            panic!("{text}");
+        };
+        let request = open.request().unwrap();
+        assert!(request.secret == secret && request.stream);
+        assert_eq!(request.policy, PullPolicy::Always);
+        assert_eq!(request.reference.to_string(), "r.example/models/llama:v1");
+    }
+}

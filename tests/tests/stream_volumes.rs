@@ -133,9 +133,10 @@ async fn condition(node: &Node, pod: &Pod) -> Option<String> {
 
 /// A read of what is held back, on a thread: its error, and how long it took.
 fn blocked(path: PathBuf) -> tokio::task::JoinHandle<(io::Error, Duration)> {
+    // Opened now, so that what ends next ends it.
+    let file = File::open(path).unwrap();
     tokio::task::spawn_blocking(move || {
         let start = Instant::now();
-        let file = File::open(path).unwrap();
         let at = SHARD_BYTES as u64 - 1000;
         let error = file.read_at(&mut [0; 100], at).unwrap_err();
         (error, start.elapsed())
@@ -460,6 +461,9 @@ async fn sessions_live_in_a_container_of_their_own_and_are_waited_for_where_it_i
     gate.open();
     eventually("turned native", async || is_native(&node, &pod)).await;
     assert!(read(&node, &pod, "model-1.safetensors").await.unwrap() == shard(1));
+    node.unpublish(&pod).await.unwrap();
+    let folder = node.socket().with_file_name("stream");
+    eventually("the session ends", async || node.mounts_below(&folder).is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

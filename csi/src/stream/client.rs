@@ -22,6 +22,9 @@ pub type Starter = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 /// How long the process may take to listen.
 const START: Duration = Duration::from_secs(10);
 
+/// How long it may take to answer what needs no work.
+const ANSWER: Duration = Duration::from_secs(5);
+
 /// How often it is looked for.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -161,9 +164,12 @@ impl Streams {
 
     /// Lets a session end, unless somebody is about to make a volume of it.
     pub(crate) async fn end(&self, number: u64) -> io::Result<()> {
-        let mut line = Line::new(UnixStream::connect(socket(&self.inner.folder)).await?);
-        say(&mut line.write, &Ask::End(number)).await?;
-        hear::<String>(&mut line.read).await.map(drop)
+        let ended = async {
+            let mut line = Line::new(UnixStream::connect(socket(&self.inner.folder)).await?);
+            say(&mut line.write, &Ask::End(number)).await?;
+            hear::<String>(&mut line.read).await.map(drop)
+        };
+        tokio::time::timeout(ANSWER, ended).await?
     }
 
     async fn connect(&self) -> io::Result<Line> {

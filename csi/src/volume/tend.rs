@@ -298,7 +298,8 @@ impl Volumes {
             let shown = &session.shown;
             let has_volume =
                 volumes.iter().any(|(_, mounted)| device(mounted) == Some(shown.device));
-            let is_newest = known.newest(&shown.digest) == Some(session);
+            let newest = known.newest(&shown.digest).map(|newest| newest.shown.number);
+            let is_newest = newest == Some(shown.number);
             let has_more = is_newest && used.contains(&shown.digest);
             if !has_volume && !has_more {
                 end(streams, session).await;
