@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use carport_csi::fuse::{self, FuseMount};
@@ -20,7 +20,7 @@ use carport_tests::images::{Image, Tar, noise};
 use carport_tests::layouts::{Files, Layer, Layout, files_below, tools};
 use carport_tests::models::{reference, sources};
 use carport_tests::registry::installed;
-use carport_tests::scripted::{Gate, Request, Scripted};
+use carport_tests::scripted::{Answer, Gate, Request, Scripted};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -46,9 +46,13 @@ struct Machine {
 
 impl Machine {
     fn new(host: &str) -> Self {
+        Self::with(host, PullOptions::default())
+    }
+
+    fn with(host: &str, options: PullOptions) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path().join("store")).unwrap();
-        let puller = Puller::new(store, sources(&[host]), PullOptions::default());
+        let puller = Puller::new(store, sources(&[host]), options);
         Self { folder, puller }
     }
 
@@ -592,6 +596,54 @@ async fn layers_that_skopeo_made_are_streamed() {
     let pulled = pull.wait().await.unwrap();
     assert_eq!(listing(&node.store().rootfs(&pulled.digest)), plain_tree(&image).await);
     assert!(asked_twice(&server, &image) <= FOOTER_BYTES);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readers_recover_when_a_registry_that_went_away_is_back() {
+    for (kind, image, below) in kinds().into_iter().filter(|(kind, ..)| *kind != "raw") {
+        let away = Arc::new(AtomicBool::new(true));
+        let (served, is_away) = (image.clone(), Arc::clone(&away));
+        let server = Scripted::start(move |request| {
+            let held = range_of(request).is_some_and(|(from, to)| from < HELD.1 && HELD.0 < to);
+            if held && is_away.load(Ordering::Relaxed) {
+                Answer::status(503)
+            } else {
+                served.answer(request)
+            }
+        })
+        .await;
+        let options = PullOptions { attempts: 1, ..PullOptions::default() };
+        let node = Machine::with(&server.host(), options);
+        let pull = node.start(&server.host(), &image, true);
+        let arriving = pull.arriving().await.unwrap_or_else(|| panic!("{kind}: not listed"));
+        let first = file(&arriving, &format!("{below}model-1.safetensors"));
+        let last = file(&arriving, &format!("{below}model-3.safetensors"));
+        assert!(read(last, 0, SHARD_BYTES).await == shard(3), "{kind}: what can come comes");
+        let early = first.wait(HELD.0..HELD.0 + 1);
+        assert!(tokio::time::timeout(Duration::from_millis(300), early).await.is_err(), "{kind}");
+        let patient = first.clone();
+        let waiting = tokio::spawn(async move { patient.wait(HELD.0..HELD.0 + 1).await });
+        let trouble = async {
+            while arriving.trouble().is_none_or(|why| !why.contains("503")) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(PATIENT, trouble).await.expect("trouble is told");
+        assert!(tokio::time::timeout(Duration::ZERO, pull.wait()).await.is_err(), "{kind}");
+
+        away.store(false, Ordering::Relaxed);
+        let waited = tokio::time::timeout(PATIENT, waiting).await.unwrap().unwrap();
+        waited.unwrap_or_else(|error| panic!("{kind}: {error}"));
+        assert!(read(first, 0, SHARD_BYTES).await == shard(1), "{kind}");
+        let pulled = pull.wait().await.unwrap();
+        assert_eq!(
+            listing(&node.store().rootfs(&pulled.digest)),
+            plain_tree(&image).await,
+            "{kind}"
+        );
+        assert_eq!(arriving.trouble(), None, "{kind}");
+        node.assert_nothing_is_under_way();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -33,7 +33,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use bytes::Bytes;
 use rustix::fs::FallocateFlags;
@@ -194,6 +194,8 @@ pub(crate) struct Piece {
     pub(crate) range: Range<u64>,
     /// Somebody waits for it.
     pub(crate) asked: bool,
+    /// See [`Landing::give_back`].
+    pub(crate) round: u64,
 }
 
 /// A layer on its way, for those who bring it and those who read it.
@@ -201,7 +203,11 @@ pub(crate) struct Piece {
 pub(crate) struct Landing {
     spool: Spool,
     frames: Frames,
+    /// What comes when nobody asks.
+    order: Vec<Range<u64>>,
     state: Mutex<State>,
+    /// Held while bytes are written; what belongs to another round is not.
+    round: RwLock<u64>,
     /// Changes when bytes have come, and at the end.
     arrivals: watch::Sender<u64>,
     /// Changes when somebody asks.
@@ -216,9 +222,11 @@ struct State {
     asked: VecDeque<Range<u64>>,
     /// Who has read up to here probably goes on.
     follow: Range<u64>,
-    /// What comes when nobody asks.
-    order: VecDeque<Range<u64>>,
+    /// Of the order, what is taken.
+    ordered: usize,
     unsaved: u64,
+    /// Why nothing comes at present.
+    trouble: Option<String>,
     end: Option<End>,
 }
 
@@ -235,13 +243,12 @@ impl Landing {
             spool.files.iter().zip(names).filter(|(file, _)| file.length() > HEAD_BYTES).collect();
         large.sort_by_key(|(_, name)| *name);
         // Everything but the larger files' bodies, in the blob's order; then these by name.
-        let mut order = VecDeque::new();
-        let mut at = 0;
+        let (mut order, mut at) = (Vec::new(), 0);
         for file in spool.files.iter().filter(|file| file.length() > HEAD_BYTES) {
-            order.push_back(at..file.range.start + HEAD_BYTES);
+            order.push(at..file.range.start + HEAD_BYTES);
             at = file.range.end;
         }
-        order.push_back(at..spool.size);
+        order.push(at..spool.size);
         order.extend(large.iter().map(|(file, _)| file.range.clone()));
         let taken = here.clone();
         let state = State {
@@ -249,14 +256,17 @@ impl Landing {
             taken,
             asked: VecDeque::new(),
             follow: 0..0,
-            order,
+            ordered: 0,
             unsaved: 0,
+            trouble: None,
             end: None,
         };
         Self {
             spool,
             frames,
+            order,
             state: Mutex::new(state),
+            round: RwLock::new(0),
             arrivals: watch::Sender::new(0),
             questions: watch::Sender::new(0),
         }
@@ -267,12 +277,17 @@ impl Landing {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes bytes that came; `chunks` are the blob's from `at` on. Blocks on the disk.
+    /// Writes bytes that came in this round; `chunks` are the layer's from `at` on. Blocks on the disk.
     pub(crate) fn land<'a>(
         &self,
+        round: u64,
         at: u64,
         chunks: impl IntoIterator<Item = &'a Bytes>,
     ) -> io::Result<()> {
+        let now = self.round.read().unwrap_or_else(PoisonError::into_inner);
+        if *now != round {
+            return Err(io::Error::other("came too late"));
+        }
         let mut end = at;
         for chunk in chunks {
             self.spool.write(end, chunk)?;
@@ -281,6 +296,7 @@ impl Landing {
         let mut state = self.lock();
         state.here.insert(at..end);
         state.unsaved += end - at;
+        state.trouble = None;
         drop(state);
         self.arrivals.send_modify(|n| *n += 1);
         Ok(())
@@ -302,6 +318,7 @@ impl Landing {
     /// Also where a frame is not what it should be; those before it have landed.
     pub(crate) fn land_frames(
         &self,
+        round: u64,
         unpack: &mut Unpack,
         chunks: &[Bytes],
     ) -> Result<(), Unlanded> {
@@ -311,7 +328,7 @@ impl Landing {
             whole.push(content);
         });
         if let Some(at) = at {
-            self.land(at, &whole).map_err(Unlanded::Disk)?;
+            self.land(round, at, &whole).map_err(Unlanded::Disk)?;
         }
         taken.map_err(|WrongFrame(why)| Unlanded::Wrong(why))
     }
@@ -325,6 +342,7 @@ impl Landing {
 
     /// What to fetch next, which is under way from then on; with `asked_only` what somebody waits for.
     pub(crate) fn next(&self, asked_only: bool) -> Option<Piece> {
+        let round = *self.round.read().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.lock();
         let state = &mut *state;
         while let Some(wanted) = state.asked.front() {
@@ -338,23 +356,42 @@ impl Landing {
             let range = self.frames.whole(&state.taken.gap(&ahead).unwrap_or(gap), PIECE_BYTES);
             state.follow = range.end..file;
             state.taken.insert(range.clone());
-            return Some(Piece { range, asked: true });
+            return Some(Piece { range, asked: true, round });
         }
         if asked_only {
             return None;
         }
         let gap = state.taken.gap(&state.follow).or_else(|| {
             loop {
-                match state.taken.gap(state.order.front()?) {
+                match state.taken.gap(self.order.get(state.ordered)?) {
                     Some(gap) => return Some(gap),
-                    None => state.order.pop_front(),
-                };
+                    None => state.ordered += 1,
+                }
             }
         })?;
         let range = gap.start..gap.end.min(gap.start + PIECE_BYTES);
         let range = self.frames.whole(&range, PIECE_BYTES);
         state.taken.insert(range.clone());
-        Some(Piece { range, asked: false })
+        Some(Piece { range, asked: false, round })
+    }
+
+    /// Begins a new round: what is under way will not land any more, and is to be fetched again. Blocks
+    /// while something is being written, so that no byte is written after somebody has read it.
+    pub(crate) fn give_back(&self, why: &str) {
+        let mut round = self.round.write().unwrap_or_else(PoisonError::into_inner);
+        *round += 1;
+        let mut state = self.lock();
+        state.taken = state.here.clone();
+        (state.ordered, state.follow) = (0, 0..0);
+        state.trouble = Some(why.to_owned());
+        drop((state, round));
+        // Who waits asks again.
+        self.arrivals.send_modify(|n| *n += 1);
+    }
+
+    /// Why nothing comes at present, where something went wrong that may pass.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        self.lock().trouble.clone()
     }
 
     /// Waits until somebody has asked for something, since `seen`.
@@ -383,14 +420,31 @@ impl Landing {
         if self.has(range)? {
             return Ok(());
         }
-        self.lock().asked.push_back(range.clone());
-        self.questions.send_modify(|n| *n += 1);
         loop {
+            self.ask(range);
             // The sender is this landing's own.
             let _ = arrivals.changed().await;
             if self.has(range)? {
                 return Ok(());
             }
+        }
+    }
+
+    fn ask(&self, range: &Range<u64>) {
+        let mut state = self.lock();
+        if state.taken.covers(range) || state.asked.contains(range) {
+            return;
+        }
+        state.asked.push_back(range.clone());
+        drop(state);
+        self.questions.send_modify(|n| *n += 1);
+    }
+
+    /// Waits until all is here.
+    pub(crate) async fn whole(&self) {
+        let mut arrivals = self.arrivals.subscribe();
+        while self.lock().here.end_of_run(0) < self.spool.size {
+            let _ = arrivals.changed().await;
         }
     }
 
@@ -435,7 +489,10 @@ impl Landing {
         };
         self.spool.sync().map_err(|e| disk(&self.spool, e))?;
         ingest.save_landed(&here)?;
-        self.lock().unsaved -= unsaved;
+        let mut state = self.lock();
+        // Another save, that was given up, may have counted the same.
+        state.unsaved = state.unsaved.saturating_sub(unsaved);
+        drop(state);
         self.arrivals.send_modify(|n| *n += 1);
         Ok(())
     }

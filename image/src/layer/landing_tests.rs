@@ -35,7 +35,7 @@ fn list(ingest: &Ingest, layer: Layer, blob: &[u8]) -> (Listing, Landing, u64) {
 
 fn land(landing: &Landing, blob: &[u8], range: &Range<u64>) {
     let bytes = Bytes::copy_from_slice(&blob[range.start as usize..range.end as usize]);
-    landing.land(range.start, &[bytes]).unwrap();
+    landing.land(0, range.start, &[bytes]).unwrap();
 }
 
 /// What an ordinary pull makes of the layer.
@@ -197,10 +197,10 @@ fn what_was_asked_for_goes_first_once_and_reading_on_is_foreseen() {
     let mut waits = [Box::pin(landing.wait(&wanted)), Box::pin(landing.wait(&wanted))];
     assert!(waits.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()));
     let piece = landing.next(false).unwrap();
-    assert_eq!(piece, Piece { range: 15_000_000..15_000_000 + PIECE_BYTES, asked: true });
+    assert_eq!(piece, Piece { range: 15_000_000..15_000_000 + PIECE_BYTES, asked: true, round: 0 });
     assert_eq!(landing.next(true), None, "who asks for the same waits for the same");
     let next = landing.next(false).unwrap();
-    assert_eq!(next, Piece { range: piece.range.end..20_000_000, asked: false });
+    assert_eq!(next, Piece { range: piece.range.end..20_000_000, asked: false, round: 0 });
     assert_eq!(landing.has(&wanted), Ok(false));
     land(&landing, &content, &piece.range);
     assert!(waits.iter_mut().all(|wait| wait.as_mut().now_or_never() == Some(Ok(()))));
@@ -227,6 +227,44 @@ fn the_end_is_told_to_who_waits() {
             _ => assert_eq!(there, Ok(true), "what is here may be right"),
         }
     }
+}
+
+#[test]
+fn what_is_given_back_is_fetched_again_and_does_not_land_late() {
+    let content = noise(6, 12_000_000);
+    let layer = raw_layer(&content);
+    let (_folder, store) = store();
+    let ingest = ingest(&store, &layer);
+    let (listing, landing, _) = list(&ingest, layer, &content);
+    let wanted = 9_000_000..9_000_001;
+    let mut wait = Box::pin(landing.wait(&wanted));
+    assert!(wait.as_mut().now_or_never().is_none());
+    let first = landing.next(true).unwrap();
+    let other = landing.next(false).unwrap();
+    assert_eq!(landing.next(true), None, "it is under way");
+    landing.give_back("the registry is away");
+    assert_eq!(landing.trouble().as_deref(), Some("the registry is away"));
+    assert!(wait.as_mut().now_or_never().is_none());
+    let again = landing.next(true).unwrap();
+    assert_eq!(again, Piece { round: 1, ..first.clone() }, "who waits asks again");
+
+    let late = Bytes::from(vec![0; (first.range.end - first.range.start) as usize]);
+    landing.land(first.round, first.range.start, &[late]).unwrap_err();
+    assert_eq!(landing.has(&wanted), Ok(false));
+    let range = again.range.clone();
+    let bytes = Bytes::copy_from_slice(&content[range.start as usize..range.end as usize]);
+    landing.land(again.round, range.start, &[bytes]).unwrap();
+    assert_eq!(wait.as_mut().now_or_never(), Some(Ok(())));
+    assert_eq!(landing.trouble(), None, "bytes come again");
+    let mut left = Ranges::default();
+    while let Some(piece) = landing.next(false) {
+        left.insert(piece.range.clone());
+        let bytes = &content[piece.range.start as usize..piece.range.end as usize];
+        landing.land(piece.round, piece.range.start, &[Bytes::copy_from_slice(bytes)]).unwrap();
+    }
+    assert!(left.covers(&other.range), "what was under way for nobody comes as well");
+    let entries = complete(ingest, (&listing, &landing), layer, &content, &store);
+    assert_eq!(entries, plain(layer, &content));
 }
 
 #[test]

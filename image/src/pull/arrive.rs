@@ -14,8 +14,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use futures_util::future::try_join_all;
-use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use tokio::sync::watch;
 
 use super::layers::{LayerDone, LayerState};
@@ -29,13 +27,7 @@ use crate::source::Source;
 use crate::store::{Ingest, LayerRecord, StoreError};
 
 mod packed;
-
-/// Bytes that make a save worth its sync of the disk.
-const SAVE_BYTES: u64 = 16 * 1024 * 1024;
-
-/// Bytes that a crash costs at most, beside pieces under way: nothing more is begun on a disk that does
-/// not come after.
-const UNSAVED_BYTES: u64 = 32 * 1024 * 1024;
+mod rounds;
 
 /// Bytes that are hashed before anybody looks whether to stop.
 const VERIFY_BYTES: u64 = 64 * 1024 * 1024;
@@ -142,7 +134,8 @@ impl Inner {
         }
     }
 
-    /// Fetches, verifies and commits a layer that has been listed. `slot` is waited for where absent;
+    /// Fetches, verifies and commits a layer that has been listed. Where somebody streams it, a source that
+    /// is away and a full disk are waited out ([`rounds`]). `slot` is waited for where absent;
     /// what is asked for does not wait for it.
     ///
     /// # Cancel safety
@@ -165,26 +158,10 @@ impl Inner {
             _ => layer.blob.size.saturating_sub(arrival.landing.missing_frames_bytes()),
         });
         let outcome = {
-            let rest = async {
-                let _slot = match slot {
-                    Some(slot) => slot,
-                    None => self.slots.take(&state.urgency).await,
-                };
-                let workers = (0..self.fetcher.connections).map(|_| async {
-                    loop {
-                        arrival.landing.settled(UNSAVED_BYTES).await;
-                        let Some(piece) = arrival.landing.next(false) else { break };
-                        self.bring_piece(arrival, from, piece).await?;
-                    }
-                    Ok::<_, PullError>(())
-                });
-                try_join_all(workers).await
-            };
+            let rest = self.bring_rest(&ingest, arrival, from, slot);
             let verified = async { tokio::try_join!(rest, self.read_along(arrival, layer)) };
             tokio::select! {
-                verified = verified => verified.map(|(_, verifier)| verifier),
-                error = self.bring_asked(arrival, from) => Err(error),
-                error = self.keep_saving(&ingest, arrival) => Err(error),
+                verified = verified => verified.map(|((), verifier)| verifier),
                 why = stopped => Err(why),
             }
         };
@@ -195,8 +172,13 @@ impl Inner {
             }
             Err(error) => {
                 arrival.landing.end(End::Stopped(error.to_string()));
-                let arrival = Arc::clone(arrival);
-                let saved = self.disk(move |_| arrival.landing.save(&ingest)).await;
+                let (arrival, why) = (Arc::clone(arrival), error.to_string());
+                let saved = self.disk(move |_| {
+                    // Nothing is written any more when the next pull begins.
+                    arrival.landing.give_back(&why);
+                    arrival.landing.save(&ingest)
+                });
+                let saved = saved.await;
                 if let Err(error) = saved {
                     tracing::warn!(layer = %digest, %error, "cannot keep what came");
                 }
@@ -262,25 +244,6 @@ impl Inner {
         Ok(PullError::Mismatch(why))
     }
 
-    /// Fetches what is asked for, as long as it is polled.
-    async fn bring_asked(&self, arrival: &Arc<Arrival>, from: Origin<'_>) -> PullError {
-        let mut questions = arrival.landing.questions();
-        let mut under_way = FuturesUnordered::new();
-        loop {
-            questions.borrow_and_update();
-            while let Some(piece) = arrival.landing.next(true) {
-                under_way.push(self.bring_piece(arrival, from, piece));
-            }
-            tokio::select! {
-                // The landing, which has the sender, outlives this.
-                _ = questions.changed() => {}
-                done = under_way.next(), if !under_way.is_empty() => if let Some(Err(error)) = done {
-                    return error;
-                },
-            }
-        }
-    }
-
     async fn bring_piece(
         &self,
         arrival: &Arc<Arrival>,
@@ -292,11 +255,11 @@ impl Inner {
         if layer.compression != Compression::None {
             return self.bring_frames(arrival, from, piece).await;
         }
-        let memory = piece.range.end - piece.range.start;
+        let (memory, round) = (piece.range.end - piece.range.start, piece.round);
         let land = |at, chunks: Vec<_>| {
             let arrival = Arc::clone(arrival);
             self.disk(move |_| {
-                let landed = arrival.landing.land(at, &chunks);
+                let landed = arrival.landing.land(round, at, &chunks);
                 landed.map_err(|e| StoreError::io(format!("write layer {digest}"), e))
             })
         };
@@ -322,17 +285,6 @@ impl Inner {
             verifier = read.await?;
         }
         Ok(verifier)
-    }
-
-    /// Saves what is here now and then, as long as it is polled.
-    async fn keep_saving(&self, ingest: &Arc<Ingest>, arrival: &Arc<Arrival>) -> PullError {
-        loop {
-            arrival.landing.unsaved(SAVE_BYTES).await;
-            let (ingest, arrival) = (Arc::clone(ingest), Arc::clone(arrival));
-            if let Err(error) = self.disk(move |_| arrival.landing.save(&ingest)).await {
-                return error;
-            }
-        }
     }
 }
 

@@ -117,7 +117,7 @@ impl Fetcher {
     where
         F: Future<Output = Result<(), PullError>>,
     {
-        let Piece { range, asked } = piece;
+        let Piece { range, asked, .. } = piece;
         let (credit, _counted) = if asked {
             self.asked_now.send_modify(|asked| *asked += 1);
             let counted = AskedNow(Arc::clone(&self.asked_now));

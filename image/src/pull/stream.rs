@@ -24,6 +24,7 @@ pub struct Arriving {
     digest: Digest,
     tree: Tree,
     files: HashMap<ObjectId, ArrivingFile>,
+    arrivals: Vec<Arc<Arrival>>,
     waited_for: usize,
 }
 
@@ -55,6 +56,12 @@ impl Arriving {
     /// The file of this object, where it was not in the store from the start.
     pub fn file(&self, object: &ObjectId) -> Option<&ArrivingFile> {
         self.files.get(object)
+    }
+
+    /// Why nothing comes at present of one of its layers, where that may pass: a registry that is away, a full
+    /// disk. It is tried again, after a minute at most and as soon as somebody waits.
+    pub fn trouble(&self) -> Option<String> {
+        self.arrivals.iter().find_map(|arrival| arrival.landing.trouble())
     }
 
     /// Layers that had to come in whole first, since they cannot be read out of order.
@@ -118,7 +125,7 @@ impl Inner {
         flights: &[LayerFlight],
     ) -> Result<Arriving, PullError> {
         let (mut tree, mut files) = (Tree::default(), HashMap::new());
-        let mut waited_for = 0;
+        let (mut arrivals, mut waited_for) = (Vec::new(), 0);
         for placed in layers {
             let (layer, diff_id) = placed.key();
             let flight = flights.iter().find(|flight| *flight.key() == (layer, diff_id));
@@ -132,7 +139,9 @@ impl Inner {
                     let arriving = ArrivingFile { arrival: Arc::clone(&arrival), range };
                     files.insert(arrival.listing.stand_in(file), arriving);
                 }
-                arrival.listing.entries(|file| arrival.listing.stand_in(file))
+                let entries = arrival.listing.entries(|file| arrival.listing.stand_in(file));
+                arrivals.push(arrival);
+                entries
             } else {
                 waited_for += usize::from(flight.is_some());
                 let record = self.disk(move |store| store.layer_as(&layer, diff_id.as_ref()));
@@ -146,7 +155,7 @@ impl Inner {
                 .lay(&mut tree, &entries)
                 .map_err(|why| PullError::Unpack(format!("layer {}: {why}", layer.blob.digest)))?;
         }
-        Ok(Arriving { digest, tree, files, waited_for })
+        Ok(Arriving { digest, tree, files, arrivals, waited_for })
     }
 }
 

@@ -99,7 +99,7 @@ impl Inner {
     ) -> Result<(), PullError> {
         let Origin { source, layer, state } = from;
         let (digest, compression) = (layer.blob.digest, layer.compression);
-        let Piece { mut range, asked } = piece;
+        let Piece { mut range, asked, round } = piece;
         let mut again = false;
         loop {
             let (unpack, packed) = arrival.landing.unpack(&range, compression);
@@ -110,7 +110,7 @@ impl Inner {
                 let landed = self.disk(move |_| {
                     // A panic elsewhere ends the piece.
                     let mut unpack = unpack.lock().unwrap_or_else(PoisonError::into_inner);
-                    match arrival.landing.land_frames(&mut unpack, &chunks) {
+                    match arrival.landing.land_frames(round, &mut unpack, &chunks) {
                         Ok(()) => Ok(Ok(())),
                         Err(Unlanded::Wrong(why)) => Ok(Err(why)),
                         Err(Unlanded::Disk(e)) => {
@@ -123,7 +123,7 @@ impl Inner {
                     landed.await?.map_err(wrong)
                 }
             };
-            let packed = Piece { range: packed, asked };
+            let packed = Piece { range: packed, asked, round };
             match self.fetcher.piece(source, layer.blob, packed, memory, state, land).await {
                 Err(PullError::Mismatch(why)) if !again => {
                     again = true;

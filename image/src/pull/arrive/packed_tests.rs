@@ -57,7 +57,7 @@ fn land(
     let bytes = Bytes::copy_from_slice(&blob[packed.start as usize..packed.end as usize]);
     for at in (0..bytes.len()).step_by(77_777) {
         let part = bytes.slice(at..bytes.len().min(at + 77_777));
-        landing.land_frames(&mut unpack, &[part])?;
+        landing.land_frames(0, &mut unpack, &[part])?;
     }
     Ok(packed.end - packed.start)
 }
