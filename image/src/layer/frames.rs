@@ -45,7 +45,11 @@ pub(crate) struct Contents {
 #[derive(Debug)]
 pub(crate) struct Promised {
     pub(crate) member: Member,
-    /// Frames of its content that are fetched for themselves, one after the other.
+    /// SHA-256 of its content, where it is a file.
+    pub(crate) digest: Option<Digest>,
+    /// A stored object's link in the layer's ingest folder, which has this content.
+    pub(crate) link: Option<String>,
+    /// Chunks of its content that are fetched for themselves, one after the other.
     pub(crate) frames: Vec<Frame>,
     /// Other parts, in order, with their SHA-256.
     pub(crate) parts: Vec<(Range<u64>, Digest)>,

@@ -74,6 +74,8 @@ pub(crate) struct Spool {
 struct SpoolFile {
     range: Range<u64>,
     executable: bool,
+    /// The link to a stored object that is this file, which nothing writes to.
+    link: Option<String>,
     /// Written since the last sync.
     dirty: AtomicBool,
     /// Where it is once it has its name.
@@ -82,12 +84,16 @@ struct SpoolFile {
 
 impl SpoolFile {
     fn name(&self) -> String {
-        format!("at-{:016x}", self.range.start)
+        self.link.clone().unwrap_or_else(|| own_name(&self.range))
     }
 
     fn length(&self) -> u64 {
         self.range.end - self.range.start
     }
+}
+
+fn own_name(range: &Range<u64>) -> String {
+    format!("at-{:016x}", range.start)
 }
 
 impl Spool {
@@ -113,7 +119,7 @@ impl Spool {
     /// A file at `range`, behind all others. False where nothing of it was here before.
     pub(crate) fn add(&mut self, range: Range<u64>, executable: bool) -> io::Result<bool> {
         let (dirty, object) = (AtomicBool::new(false), OnceLock::new());
-        let file = SpoolFile { range, executable, dirty, object };
+        let file = SpoolFile { range, executable, link: None, dirty, object };
         let (path, length) = (self.folder.join(file.name()), file.length());
         self.files.push(file);
         if std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == length)
@@ -130,6 +136,23 @@ impl Spool {
         Ok(false)
     }
 
+    /// As [`Spool::add`], of a file that a stored object is, all of which is here.
+    pub(crate) fn add_link(
+        &mut self,
+        range: Range<u64>,
+        executable: bool,
+        link: String,
+    ) -> io::Result<()> {
+        // What an earlier pull began must not be taken for whole when the object is gone.
+        match std::fs::remove_file(self.folder.join(own_name(&range))) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let (dirty, object) = (AtomicBool::new(false), OnceLock::new());
+        self.files.push(SpoolFile { range, executable, link: Some(link), dirty, object });
+        Ok(())
+    }
+
     /// The file that has the byte at `at`, or else where the next one begins.
     fn place(&self, at: u64) -> Result<&SpoolFile, u64> {
         let next = self.files.partition_point(|file| file.range.start <= at);
@@ -143,17 +166,24 @@ impl Spool {
     pub(crate) fn write(&self, mut at: u64, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let (path, end, begins, dirty) = match self.place(at) {
-                Ok(file) => (file.name(), file.range.end, file.range.start, &file.dirty),
-                Err(end) => (REST.to_owned(), end, 0, &self.rest_dirty),
+                Ok(file) => (
+                    file.link.is_none().then(|| file.name()),
+                    file.range.end,
+                    file.range.start,
+                    &file.dirty,
+                ),
+                Err(end) => (Some(REST.to_owned()), end, 0, &self.rest_dirty),
             };
             let length = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX);
             if length == 0 {
                 return Err(io::Error::other("bytes behind the blob's end"));
             }
             let (now, later) = bytes.split_at(length.min(bytes.len()));
-            let file = File::options().write(true).open(self.folder.join(path))?;
-            file.write_all_at(now, at - begins)?;
-            dirty.store(true, Ordering::Release);
+            if let Some(path) = path {
+                let file = File::options().write(true).open(self.folder.join(path))?;
+                file.write_all_at(now, at - begins)?;
+                dirty.store(true, Ordering::Release);
+            }
             at += now.len() as u64;
             bytes = later;
         }

@@ -115,8 +115,14 @@ pub(crate) struct Lister {
 }
 
 impl Lister {
-    /// For an uncompressed layer; `here` is what an earlier pull left in `folder`. Blocks.
-    pub(crate) fn new(folder: &Path, layer: Layer, here: Ranges) -> Result<Self, StoreError> {
+    /// For an uncompressed layer; `here` is what an earlier pull left in `folder`. `link` is a stored
+    /// object's link there, which a raw layer is. Blocks.
+    pub(crate) fn new(
+        folder: &Path,
+        layer: Layer,
+        here: Ranges,
+        link: Option<String>,
+    ) -> Result<Self, StoreError> {
         let what = || format!("write below {}", folder.display());
         let spool =
             Spool::open(folder, Some(layer.blob.size)).map_err(|e| StoreError::io(what(), e))?;
@@ -126,7 +132,7 @@ impl Lister {
         if lister.parser.is_none() {
             let size = layer.blob.size;
             let file = ListedFile { path: String::new(), size, executable: false, offset: 0 };
-            lister.file(file).map_err(|e| StoreError::io(what(), e))?;
+            lister.file(file, link).map_err(|e| StoreError::io(what(), e))?;
         }
         Ok(lister)
     }
@@ -180,7 +186,7 @@ impl Lister {
                         return Err(LayerError::Refused(format!("ends in the middle of {path:?}")));
                     }
                     let file = ListedFile { path, size, executable, offset };
-                    self.file(file).map_err(|e| self.disk(e))?;
+                    self.file(file, None).map_err(|e| self.disk(e))?;
                 }
             }
         }
@@ -189,9 +195,12 @@ impl Lister {
         Ok(())
     }
 
-    fn file(&mut self, file: ListedFile) -> std::io::Result<()> {
+    fn file(&mut self, file: ListedFile, link: Option<String>) -> std::io::Result<()> {
         let range = file.offset..file.offset + file.size;
-        if !self.spool.add(range.clone(), file.executable)? {
+        if let Some(link) = link {
+            self.spool.add_link(range.clone(), file.executable, link)?;
+            self.here.insert(range);
+        } else if !self.spool.add(range.clone(), file.executable)? {
             self.here.remove(range);
         }
         self.listed.push(Listed::File(file));

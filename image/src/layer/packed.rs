@@ -189,11 +189,13 @@ impl Body {
     fn member(&mut self, member: Member) -> Result<(), LayerError> {
         room_for_more(self.listed.len())?;
         self.open = None;
+        let mut link = None;
         if member.kind != MemberKind::Directory && !is_estargz(&member.path) {
             let promised = self.promised.next().ok_or_else(|| wrong("it lacks files"))?;
             if promised.member != member {
                 return Err(wrong(&format!("it has {:?} for {member:?}", promised.member)));
             }
+            link = promised.link;
             self.open = Some(OpenFile {
                 path: member.path.clone(),
                 at: 0,
@@ -211,7 +213,10 @@ impl Body {
                 if end > self.most {
                     return Err(wrong(&format!("{path:?} is far larger than the layer")));
                 }
-                if !self.spool.add(offset..end, executable).map_err(disk)? {
+                if let Some(link) = link {
+                    self.spool.add_link(offset..end, executable, link).map_err(disk)?;
+                    self.here.insert(offset..end);
+                } else if !self.spool.add(offset..end, executable).map_err(disk)? {
                     self.here.remove(offset..end);
                 }
                 self.listed.push(Listed::File(ListedFile { path, size, executable, offset }));

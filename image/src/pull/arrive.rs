@@ -8,9 +8,11 @@
 //! ```
 //!
 //! Which bytes are where is [`crate::layer::Landing`]'s to know; compressed layers with a table of contents
-//! are [`packed`]. Files of other layers are not looked
-//! for: such a guess is proved by the whole layer's digest only, and a reader must not be handed a guess.
+//! are [`packed`]. Files of other layers are used where their SHA-256 says that they are the same
+//! ([`known`]), and not by samples: such a guess is proved by the whole layer's digest only, and a reader must
+//! not be handed a guess.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -20,12 +22,13 @@ use super::layers::{LayerDone, LayerState};
 use super::slots::Slot;
 use super::{Inner, PullError};
 use crate::crash;
-use crate::digest::Digest;
+use crate::digest::{Digest, ObjectId};
 use crate::layer::{End, Landing, LayerError, Lister, Listing, Piece, Ranges, Verifier};
 use crate::manifest::{Compression, Content, Layer};
 use crate::source::Source;
 use crate::store::{Ingest, LayerRecord, StoreError};
 
+mod known;
 mod packed;
 mod rounds;
 
@@ -39,6 +42,8 @@ pub(super) struct Arrival {
     pub(super) landing: Landing,
     /// What all of it must hash to: the diff_id, which of an uncompressed layer is its digest.
     proof: Digest,
+    /// Stored objects that are files of it.
+    linked: HashSet<ObjectId>,
 }
 
 /// Where a layer shows what can be seen of it before it is complete; nothing, where it must be waited
@@ -101,15 +106,15 @@ impl Inner {
             _ => return Ok(None),
         }
         let folder = Arc::clone(ingest);
-        let mut lister = self
-            .disk(move |_| {
-                let here = folder.landed::<Ranges>();
-                if here.is_none() {
-                    folder.clear()?;
-                }
-                Lister::new(folder.folder(), layer, here.unwrap_or_default())
-            })
-            .await?;
+        let here = self.disk(move |_| left(&folder)).await?;
+        let known = match layer.content {
+            Content::File => self.known_raw(source, layer, ingest.folder(), state).await,
+            Content::Tar => None,
+        };
+        let linked = known.iter().map(|(_, object)| *object).collect();
+        let (folder, link) = (Arc::clone(ingest), known.map(|(name, _)| name));
+        let lister = self.disk(move |_| Lister::new(folder.folder(), layer, here, link));
+        let mut lister = lister.await?;
         while let Some(range) = lister.next_read() {
             let at = range.start;
             let (from, shown) = (Arc::clone(source), state.clone());
@@ -128,7 +133,7 @@ impl Inner {
         }
         match lister.finish() {
             Ok((listing, landing)) => {
-                Ok(Some(Arc::new(Arrival { listing, landing, proof: digest })))
+                Ok(Some(Arc::new(Arrival { listing, landing, proof: digest, linked })))
             }
             Err(error) => unlisted(digest, error),
         }
@@ -241,6 +246,7 @@ impl Inner {
             readable any more, start again what has read it");
         arrival.landing.end(End::Wrong(why.clone()));
         self.disk(move |_| only(ingest)?.discard()).await?;
+        self.suspect(arrival.linked.clone()).await;
         Ok(PullError::Mismatch(why))
     }
 
@@ -285,6 +291,14 @@ impl Inner {
             verifier = read.await?;
         }
         Ok(verifier)
+    }
+}
+
+/// What an earlier pull left of a layer that came out of order, if nothing else is there.
+fn left(ingest: &Ingest) -> Result<Ranges, StoreError> {
+    match ingest.landed() {
+        Some(here) => Ok(here),
+        None => ingest.clear().map(|()| Ranges::default()),
     }
 }
 

@@ -24,7 +24,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
@@ -44,7 +44,7 @@ use crate::layer::{FileReader, Local, Outset, Plan, Told, overlaps};
 use crate::manifest::{Compression, Content, Layer, PlacedLayer};
 use crate::runtime::{Snapshot, chain_ids};
 use crate::source::Source;
-use crate::store::{BySize, Candidate, MIN_FILE_BYTES, Store};
+use crate::store::{BySize, Candidate, MIN_FILE_BYTES, Sizes, Store};
 
 /// Bytes of a sample. One block of a disk; a file of weights that differs at all differs nearly
 /// everywhere.
@@ -60,7 +60,7 @@ const WIDE_PROBE_BYTES: u64 = 64 * 1024;
 pub(super) const HASHED_BYTES: u64 = 64 * 1024 * 1024;
 
 /// Local bytes that are hashed before a layer is fetched.
-const HASH_BUDGET_BYTES: u64 = 1024 * 1024 * 1024;
+pub(super) const HASH_BUDGET_BYTES: u64 = 1024 * 1024 * 1024;
 
 /// What a skipped file must save of the blob to be worth its request, and how much more than that
 /// it may be: what compresses so well is fetched soon, and bounds what a hostile table makes us read.
@@ -93,25 +93,16 @@ impl Inner {
         if rest.end - rest.start < MIN_FILE_BYTES {
             return Plan::plain(rest);
         }
-        let sizes = Arc::clone(&self.sizes);
-        let by_size = self
-            .disk(move |store| {
-                store.refresh(&mut sizes.lock().unwrap_or_else(PoisonError::into_inner))
-            })
-            .await;
         let snapshot = match (layer.content, layer.compression, chain, self.sources.runtime()) {
             (Content::Tar, Compression::None, Some(chain), Some(runtime)) => {
                 runtime.snapshot(&chain, &outset.folder).await.map(Arc::new)
             }
             _ => None,
         };
-        let by_size = match by_size {
-            Ok(by_size) if !by_size.is_empty() || snapshot.is_some() => by_size,
-            Ok(_) => return Plan::plain(rest),
-            Err(error) => {
-                tracing::warn!(layer = %layer.blob.digest, %error, "not looking for what is here");
-                return Plan::plain(rest);
-            }
+        let by_size = match self.by_size(&layer).await {
+            Some(by_size) => by_size,
+            None if snapshot.is_some() => Arc::default(),
+            None => return Plan::plain(rest),
         };
         let mut scout = Scout {
             inner: self,
@@ -134,7 +125,7 @@ impl Inner {
                 (Content::Tar, Compression::Gzip | Compression::Zstd, _) if diff_id.is_some() => {
                     scout.table(rest.start).await
                 }
-                (Content::File, Compression::None, _) if rest.start == 0 => scout.raw().await,
+                (Content::File, Compression::None, _) if rest.start == 0 => scout.raw(false).await,
                 _ => Ok(()),
             }
         };
@@ -160,6 +151,51 @@ impl Inner {
             !stop.is_cancelled()
         });
         Plan::of(rest.start..end, locals, &held, told)
+    }
+
+    /// What the store has by size; nothing where it has nothing, or cannot tell.
+    pub(super) async fn by_size(&self, layer: &Layer) -> Option<Arc<BySize>> {
+        let sizes = Arc::clone(&self.sizes);
+        let by_size = self.disk(move |store| {
+            store.refresh(&mut sizes.lock().unwrap_or_else(PoisonError::into_inner))
+        });
+        match by_size.await {
+            Ok(by_size) => Some(by_size).filter(|by_size| !by_size.is_empty()),
+            Err(error) => {
+                tracing::warn!(layer = %layer.blob.digest, %error, "not looking for what is here");
+                None
+            }
+        }
+    }
+
+    /// The object that a raw layer is, by its SHA-256, linked into `folder`.
+    pub(super) async fn known_raw(
+        &self,
+        source: &Arc<dyn Source>,
+        layer: Layer,
+        folder: &std::path::Path,
+        state: &LayerState,
+    ) -> Option<(String, ObjectId)> {
+        if layer.blob.size < MIN_FILE_BYTES {
+            return None;
+        }
+        let mut scout = Scout {
+            inner: self,
+            source: Arc::clone(source),
+            layer,
+            folder: Arc::new(folder.to_owned()),
+            by_size: self.by_size(&layer).await?,
+            snapshot: None,
+            state: state.clone(),
+            held: Vec::new(),
+            locals: Vec::new(),
+            requests: 0,
+            end: layer.blob.size,
+        };
+        if let Err(why) = scout.raw(true).await {
+            tracing::debug!(layer = %layer.blob.digest, why, "not looking for what is here");
+        }
+        scout.locals.pop().and_then(|local| Some((local.name, local.object?)))
     }
 
     /// Lowers what `coming` says of missing layers to what would be fetched of each, where the store
@@ -352,25 +388,24 @@ impl Scout<'_> {
 
     /// A raw file: an object of its size, and of its very digest where that costs little. Samples are
     /// taken in any case: a file's digest may be known to who has no right to the file, and the
-    /// source is to show that it has what it names.
-    async fn raw(&mut self) -> Result<(), Halt> {
+    /// source is to show that it has what it names. With `surely` samples alone do not do.
+    async fn raw(&mut self, surely: bool) -> Result<(), Halt> {
         let (size, wanted) = (self.layer.blob.size, self.layer.blob.digest);
         let mut candidates = self.candidates(size, false);
         candidates.retain(|candidate| candidate.sha256.is_none_or(|known| known == wanted));
         candidates.sort_by_key(|candidate| candidate.sha256.is_none());
-        if size <= HASHED_BYTES && candidates.first().is_some_and(|first| first.sha256.is_none()) {
-            let sizes = Arc::clone(&self.inner.sizes);
+        if candidates.first().is_some_and(|first| first.sha256.is_none())
+            && (surely || size <= HASHED_BYTES)
+        {
+            let (sizes, mut budget) = (Arc::clone(&self.inner.sizes), HASH_BUDGET_BYTES);
             let hashed = self.disk(move |store| {
                 candidates.into_iter().find(|candidate| {
-                    let found = sha256(store, candidate, size, 0..size);
-                    if let Some(found) = found {
-                        let mut sizes = sizes.lock().unwrap_or_else(PoisonError::into_inner);
-                        sizes.learn(candidate.object, found);
-                    }
-                    found == Some(wanted)
+                    is_known(store, candidate, (size, wanted), &mut budget, &sizes)
                 })
             });
             candidates = hashed.await?.into_iter().collect();
+        } else if surely {
+            candidates.retain(|candidate| candidate.sha256.is_some());
         }
         if let Some((name, object)) = self.sampled(candidates, 0, size).await? {
             let (object, range) = (Some(object), 0..size);
@@ -526,7 +561,7 @@ fn local_files(
     locals
 }
 
-fn first_linked(
+pub(super) fn first_linked(
     store: &Store,
     candidates: Vec<Candidate>,
     size: u64,
@@ -543,7 +578,11 @@ fn first_linked(
     })
 }
 
-fn of_size(by_size: &BySize, size: u64, executable: bool) -> impl Iterator<Item = Candidate> + '_ {
+pub(super) fn of_size(
+    by_size: &BySize,
+    size: u64,
+    executable: bool,
+) -> impl Iterator<Item = Candidate> + '_ {
     let all = by_size.get(&size).into_iter().flatten().copied();
     // The mode belongs to the inode.
     all.filter(move |candidate| candidate.object.executable() == executable)
@@ -563,7 +602,33 @@ fn is_listed(store: &Store, candidate: &Candidate, file: &TocFile, budget: &mut 
     })
 }
 
-fn is_like(store: &Store, candidate: &Candidate, size: u64, known: &[(u64, Bytes)]) -> bool {
+/// Whether an object's content has this SHA-256; it is read for that, where nobody did before and the
+/// budget allows it.
+pub(super) fn is_known(
+    store: &Store,
+    candidate: &Candidate,
+    (size, digest): (u64, Digest),
+    budget: &mut u64,
+    sizes: &Mutex<Sizes>,
+) -> bool {
+    if let Some(known) = candidate.sha256 {
+        return known == digest;
+    }
+    let Some(left) = budget.checked_sub(size) else { return false };
+    *budget = left;
+    let found = sha256(store, candidate, size, 0..size);
+    if let Some(found) = found {
+        sizes.lock().unwrap_or_else(PoisonError::into_inner).learn(candidate.object, found);
+    }
+    found == Some(digest)
+}
+
+pub(super) fn is_like(
+    store: &Store,
+    candidate: &Candidate,
+    size: u64,
+    known: &[(u64, Bytes)],
+) -> bool {
     let Ok(mut file) = FileReader::open(&store.object_path(&candidate.object), size) else {
         return false;
     };

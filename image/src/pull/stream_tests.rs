@@ -7,7 +7,37 @@ use std::process::Command;
 use super::*;
 use crate::manifest::Compression;
 use crate::source::RegistryOptions;
-use crate::testing::{Entry, Layout, noise, tar};
+use crate::testing::{Entry, Layout, chunked, noise, tar};
+
+/// Who knows the digest of a file that is here, and not the file, is not shown it.
+#[tokio::test]
+async fn a_digest_in_a_table_of_contents_opens_no_file() {
+    let (secret, other) = (noise(1, 3_000_000), noise(2, 3_000_000));
+    let dir = tempfile::tempdir().unwrap();
+    let mut layout = Layout::new(&dir.path().join("layout"));
+    let base = layout.layer(&tar(&[Entry::File("secret", &secret)]), Compression::None);
+    layout.image("v1", &[base]);
+    let puller = puller(&dir.path().join("store"));
+    puller.start(request(dir.path(), false)).wait().await.unwrap();
+    for kind in [Compression::Zstd, Compression::Gzip] {
+        let digest = Digest::of(&secret);
+        let lie = |toc: &mut serde_json::Value| {
+            toc["entries"][0]["digest"] = digest.to_string().into();
+        };
+        let members = [Entry::File("bait", &other)];
+        let (tar, blob) = chunked(&members, (kind, 100_000), &lie);
+        let suffix = if kind == Compression::Zstd { "+zstd" } else { "+gzip" };
+        let layer = layout.packed(&tar, &blob, suffix);
+        layout.image("v1", &[layer]);
+        let again = PullRequest { policy: PullPolicy::Always, ..request(dir.path(), true) };
+        let pull = puller.start(again);
+        let arriving = pull.arriving().await.unwrap();
+        assert_eq!(arriving.waited_for(), 0, "{kind:?}");
+        let pulled = pull.wait().await.unwrap();
+        let rootfs = puller.store().rootfs(&pulled.digest);
+        assert!(fs::read(rootfs.join("bait")).unwrap() == other, "{kind:?}");
+    }
+}
 
 const CRASH_DIR: &str = "CARPORT_CRASH_STREAM_DIR";
 

@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 
-use super::{Arrival, Origin, unlisted};
+use super::{Arrival, Origin, left, unlisted};
 use crate::digest::Digest;
-use crate::layer::{LayerError, PackedLister, Piece, Ranges, Unlanded, overlaps};
+use crate::layer::{LayerError, PackedLister, Piece, Unlanded, overlaps};
 use crate::manifest::Layer;
 use crate::pull::layers::LayerState;
 use crate::pull::{Inner, PullError, toc};
@@ -48,19 +48,18 @@ impl Inner {
             held.insert(0, (before.start, bytes));
         }
         let parts: Vec<Bytes> = overlaps(&footer.toc, &held).map(|(_, bytes)| bytes).collect();
+        let listing = self.disk(move |_| Ok(toc::contents(&footer, &parts.concat(), layer.toc)));
+        let mut contents = match listing.await? {
+            Ok(contents) => contents,
+            Err(why) => return unlisted(digest, LayerError::Refused(why)),
+        };
         let folder = Arc::clone(ingest);
-        let listing = self.disk(move |_| {
-            let contents = match toc::contents(&footer, &parts.concat(), layer.toc) {
-                Ok(contents) => contents,
-                Err(why) => return Ok(Err(LayerError::Refused(why))),
-            };
-            let here = folder.landed::<Ranges>();
-            if here.is_none() {
-                folder.clear()?;
-            }
-            Ok(PackedLister::new(folder.folder(), layer, contents, here.unwrap_or_default()))
-        });
-        let mut lister = match listing.await? {
+        let here = self.disk(move |_| left(&folder)).await?;
+        let linked = self.link_known(&mut contents, ingest.folder(), source, layer, state).await;
+        let folder = Arc::clone(ingest);
+        let lister =
+            self.disk(move |_| Ok(PackedLister::new(folder.folder(), layer, contents, here)));
+        let mut lister = match lister.await? {
             Ok(lister) => lister,
             Err(error) => return unlisted(digest, error),
         };
@@ -83,7 +82,7 @@ impl Inner {
         }
         match lister.finish() {
             Ok((listing, landing)) => {
-                Ok(Some(Arc::new(Arrival { listing, landing, proof: diff_id })))
+                Ok(Some(Arc::new(Arrival { listing, landing, proof: diff_id, linked })))
             }
             Err(error) => unlisted(digest, error),
         }

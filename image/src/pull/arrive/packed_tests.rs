@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::layer::{Chunk, End, Landing, LayerError, Listing, Plan, Resumed, Verifier};
+use crate::layer::{Chunk, End, Landing, LayerError, Listing, Plan, Ranges, Resumed, Verifier};
 use crate::manifest::Compression;
 use crate::pull::toc;
 use crate::store::{LayerRecord, Store};

@@ -123,7 +123,8 @@ impl Fold for All {
                 listed: vec![Listed::of(&entry)],
             });
         } else {
-            self.members.push(Promised { member, frames: Vec::new(), parts: Vec::new() });
+            let (frames, parts) = (Vec::new(), Vec::new());
+            self.members.push(Promised { member, digest: None, link: None, frames, parts });
         }
         Ok(())
     }
@@ -179,7 +180,7 @@ impl OpenFile {
             }
         };
         let frames = chunks.drain(run).collect();
-        Ok(Promised { member: self.member, frames, parts })
+        Ok(Promised { member: self.member, digest: self.digest, link: None, frames, parts })
     }
 }
 
