@@ -64,12 +64,24 @@ fn crash_child() {
 
 #[tokio::test]
 async fn a_crash_at_any_step_of_a_stream_loses_nothing() {
+    for kind in [Compression::None, Compression::Zstd] {
+        crash_at_any_step(kind).await;
+    }
+}
+
+async fn crash_at_any_step(kind: Compression) {
     let (a, b) = (noise(1, 3_000_000), noise(2, 2_000_000));
     for step in 1.. {
         let dir = tempfile::tempdir().unwrap();
         let mut layout = Layout::new(&dir.path().join("layout"));
         let members = [Entry::File("a", &a), Entry::Exec("b", &b), Entry::File("empty", b"")];
-        let layer = layout.layer(&tar(&members), Compression::None);
+        let layer = match kind {
+            Compression::None => layout.layer(&tar(&members), kind),
+            _ => {
+                let (tar, blob) = chunked(&members, (kind, 200_000), &|_| {});
+                layout.packed(&tar, &blob, "+zstd")
+            }
+        };
         layout.image("v1", &[layer]);
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "pull::stream_tests::crash_child", "--nocapture"])
@@ -81,13 +93,13 @@ async fn a_crash_at_any_step_of_a_stream_loses_nothing() {
         let puller = puller(&dir.path().join("store"));
         let pulled = puller.start(request(dir.path(), false)).wait().await.unwrap();
         let rootfs = puller.store().rootfs(&pulled.digest);
-        assert!(fs::read(rootfs.join("a")).unwrap() == a, "step {step}");
-        assert!(fs::read(rootfs.join("b")).unwrap() == b, "step {step}");
-        assert_eq!(puller.store().usage().unwrap().objects, 2, "step {step}");
+        assert!(fs::read(rootfs.join("a")).unwrap() == a, "{kind:?}, step {step}");
+        assert!(fs::read(rootfs.join("b")).unwrap() == b, "{kind:?}, step {step}");
+        assert_eq!(puller.store().usage().unwrap().objects, 2, "{kind:?}, step {step}");
         let left = fs::read_dir(puller.store().root().join("ingest")).unwrap().count();
-        assert_eq!(left, 0, "step {step}");
+        assert_eq!(left, 0, "{kind:?}, step {step}");
         if !crashed {
-            assert!(step > 6, "the child passed {step} points only");
+            assert!(step > 6, "{kind:?}: the child passed {step} points only");
             return;
         }
     }

@@ -72,6 +72,9 @@ async fn main() -> anyhow::Result<()> {
     if wanted("stream_swap") {
         swap::run(&mut report).context("bench of turning native")?;
     }
+    if wanted("stream_local") {
+        stream::local(carport, &mut report).context("bench of what has arrived")?;
+    }
     report.table();
     Ok(())
 }
