@@ -1,13 +1,14 @@
-//! Frames: parts of a compressed layer that can be unpacked for themselves.
+//! Frames: chunks of files in a compressed layer that can be unpacked for themselves, since each has zstd
+//! frames or gzip members of its own.
 //!
 //! ```text
-//! blob   │ frames │ chunk │ chunk │ chunk │ frames ...      as a table of contents says
-//! tar    │ header │ content of a file     │ padding, header ...
+//! blob   │ other  │ frame │ frame │ frame │ other            as a table of contents says
+//! tar    │ header │ content of a file     │ padding, header
 //! ```
 //!
 //! [`Frames`] says which range of the tar which range of the blob unpacks to. Nothing else of the blob
-//! is missing once its layer is listed ([`super::packed`]). A chunk is fetched as a whole, unpacked in
-//! memory, held against its digest, and only then written: [`Unpack`].
+//! is missing once its layer is listed ([`super::packed`]). A frame is fetched as a whole, unpacked in
+//! memory, held against its chunk's digest, and only then written: [`Unpack`].
 
 use std::io::Read as _;
 use std::ops::Range;
@@ -35,6 +36,8 @@ pub(crate) struct Frame {
 /// What a table of contents says of a layer.
 #[derive(Debug)]
 pub(crate) struct Contents {
+    /// The table's own digest.
+    pub(crate) table: Digest,
     /// All but folders, in the tar's order.
     pub(crate) members: Vec<Promised>,
     /// Behind here nothing of the blob belongs to the tar.

@@ -1,25 +1,19 @@
 //! A layer whose bytes come in any order, each straight to its place.
 //!
-//! ```text
-//! blob          │ header │ model-1 .......... │ header │ model-2 .......... │ end │
-//! on the disk   │ rest   │ at-…200            │ rest   │ at-…               │ rest│
-//! ```
+//! [`Landing`] knows which bytes are here, which are under way, and what is asked for next; [`super::spool`]
+//! has them on the disk. [`Verifier`] reads the layer in its own order, as far as it has come, through
+//! SHA-256 and each file through BLAKE3.
 //!
 //! All places are those of the uncompressed layer. Of a compressed one that has a table of contents all that
 //! is not here comes as frames, which unpack to a part of a file each ([`super::frames`]).
 //!
-//! Each file of a layer is a file in the ingest folder, named by where it begins in the
-//! blob; all other bytes of the blob lie in `rest`, sparse, at their offset there. [`Spool`] writes
-//! and reads by offsets of the blob. [`Landing`] knows which bytes are here, which are under way, and
-//! what is asked for next. [`Verifier`] reads the blob in its own order, as far as it has come, through
-//! SHA-256 and each file through BLAKE3.
-//!
 //! # What always holds
 //!
 //! - **A byte is here once it is written**, and not before: who waits for it may read it then.
+//! - **It is written once**: what the verifier has read does not change any more.
 //! - **What is not synced does not survive**: [`Landing::save`] takes note of what is here, syncs
 //!   it, and only then records it.
-//! - **Nothing has a name in the store before the digest over the whole blob is right.**
+//! - **Nothing has a name in the store before the digest over the whole layer is right.**
 //! - **Who waits is told of the end**, whatever it is.
 //!
 //! Bytes go through the page cache, other than in an ordinary pull: whoever streams reads them at
@@ -30,20 +24,19 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd as _;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use bytes::Bytes;
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 
 use super::frames::{Frames, Unpack, WrongFrame};
 use super::ranges::Ranges;
-use super::unpack::SYNC_EACH;
+use super::spool::{REST, Spool};
 use crate::digest::{Digest, ObjectId};
 use crate::manifest::Compression;
 use crate::store::{EPOCH, Ingest, Staged, StoreError, object_mode};
@@ -58,153 +51,12 @@ const HEAD_BYTES: u64 = 1024 * 1024;
 /// Bytes that are read at once to be hashed.
 const READ_BYTES: usize = 1024 * 1024;
 
-const REST: &str = "rest";
-
-/// Where a layer's bytes lie.
-#[derive(Debug)]
-pub(crate) struct Spool {
-    folder: PathBuf,
-    size: u64,
-    /// By where they begin; they do not overlap.
-    files: Vec<SpoolFile>,
-    rest_dirty: AtomicBool,
-}
-
-#[derive(Debug)]
-struct SpoolFile {
-    range: Range<u64>,
-    executable: bool,
-    /// The link to a stored object that is this file, which nothing writes to.
-    link: Option<String>,
-    /// Written since the last sync.
-    dirty: AtomicBool,
-    /// Where it is once it has its name.
-    object: OnceLock<PathBuf>,
-}
-
-impl SpoolFile {
-    fn name(&self) -> String {
-        self.link.clone().unwrap_or_else(|| own_name(&self.range))
-    }
-
-    fn length(&self) -> u64 {
-        self.range.end - self.range.start
-    }
-}
-
-fn own_name(range: &Range<u64>) -> String {
-    format!("at-{:016x}", range.start)
-}
-
-impl Spool {
-    /// For a layer of `size` bytes, if that is known already; `rest` is made where it is not there.
-    /// Blocks, as all here.
-    pub(crate) fn open(folder: &Path, size: Option<u64>) -> io::Result<Self> {
-        let rest = folder.join(REST);
-        let rest =
-            File::options().create(true).truncate(false).write(true).mode(0o600).open(rest)?;
-        if let Some(size) = size {
-            rest.set_len(size)?;
-        }
-        let size = size.unwrap_or(u64::MAX);
-        let (folder, files) = (folder.to_owned(), Vec::new());
-        Ok(Self { folder, size, files, rest_dirty: AtomicBool::new(false) })
-    }
-
-    /// So long is the layer.
-    pub(crate) fn ends_at(&mut self, size: u64) {
-        self.size = size;
-    }
-
-    /// A file at `range`, behind all others. False where nothing of it was here before.
-    pub(crate) fn add(&mut self, range: Range<u64>, executable: bool) -> io::Result<bool> {
-        let (dirty, object) = (AtomicBool::new(false), OnceLock::new());
-        let file = SpoolFile { range, executable, link: None, dirty, object };
-        let (path, length) = (self.folder.join(file.name()), file.length());
-        self.files.push(file);
-        if std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == length)
-        {
-            return Ok(true);
-        }
-        let made =
-            File::options().create(true).truncate(true).write(true).mode(0o600).open(&path)?;
-        match rustix::fs::fallocate(&made, FallocateFlags::empty(), 0, length) {
-            // Not every file system can reserve; then the writes will tell.
-            Err(Errno::OPNOTSUPP | Errno::INVAL) => made.set_len(length)?,
-            reserved => reserved?,
-        }
-        Ok(false)
-    }
-
-    /// As [`Spool::add`], of a file that a stored object is, all of which is here.
-    pub(crate) fn add_link(
-        &mut self,
-        range: Range<u64>,
-        executable: bool,
-        link: String,
-    ) -> io::Result<()> {
-        // What an earlier pull began must not be taken for whole when the object is gone.
-        match std::fs::remove_file(self.folder.join(own_name(&range))) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        let (dirty, object) = (AtomicBool::new(false), OnceLock::new());
-        self.files.push(SpoolFile { range, executable, link: Some(link), dirty, object });
-        Ok(())
-    }
-
-    /// The file that has the byte at `at`, or else where the next one begins.
-    fn place(&self, at: u64) -> Result<&SpoolFile, u64> {
-        let next = self.files.partition_point(|file| file.range.start <= at);
-        match self.files[..next].last().filter(|file| at < file.range.end) {
-            Some(file) => Ok(file),
-            None => Err(self.files.get(next).map_or(self.size, |file| file.range.start)),
-        }
-    }
-
-    /// Writes `bytes`, which are the blob's from `at` on.
-    pub(crate) fn write(&self, mut at: u64, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            let (path, end, begins, dirty) = match self.place(at) {
-                Ok(file) => (
-                    file.link.is_none().then(|| file.name()),
-                    file.range.end,
-                    file.range.start,
-                    &file.dirty,
-                ),
-                Err(end) => (Some(REST.to_owned()), end, 0, &self.rest_dirty),
-            };
-            let length = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX);
-            if length == 0 {
-                return Err(io::Error::other("bytes behind the blob's end"));
-            }
-            let (now, later) = bytes.split_at(length.min(bytes.len()));
-            if let Some(path) = path {
-                let file = File::options().write(true).open(self.folder.join(path))?;
-                file.write_all_at(now, at - begins)?;
-                dirty.store(true, Ordering::Release);
-            }
-            at += now.len() as u64;
-            bytes = later;
-        }
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        let dirty: Vec<_> =
-            self.files.iter().filter(|file| file.dirty.swap(false, Ordering::AcqRel)).collect();
-        if dirty.len() > SYNC_EACH {
-            self.rest_dirty.store(false, Ordering::Release);
-            return Ok(rustix::fs::syncfs(File::open(&self.folder)?)?);
-        }
-        for file in dirty {
-            File::open(self.folder.join(file.name()))?.sync_data()?;
-        }
-        if self.rest_dirty.swap(false, Ordering::AcqRel) {
-            File::open(self.folder.join(REST))?.sync_data()?;
-        }
-        Ok(())
-    }
+/// What is recorded of a landing for the next pull.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Landed {
+    pub(crate) here: Ranges,
+    /// The table of contents that its frames were held against: by another one they may be wrong.
+    pub(crate) table: Option<Digest>,
 }
 
 /// What became of a landing.
@@ -233,6 +85,7 @@ pub(crate) struct Piece {
 pub(crate) struct Landing {
     spool: Spool,
     frames: Frames,
+    table: Option<Digest>,
     /// What comes when nobody asks.
     order: Vec<Range<u64>>,
     state: Mutex<State>,
@@ -261,8 +114,18 @@ struct State {
 }
 
 impl Landing {
-    /// `here`: bytes that have been written. `names`: the files' paths, in the layer's order.
-    pub(crate) fn new(spool: Spool, mut here: Ranges, names: &[String], frames: Frames) -> Self {
+    /// `here`: bytes that have been written. `names`: the files' paths, in the layer's order. `packed`: of a
+    /// compressed layer the frames, and the digest of the table that they are of.
+    pub(crate) fn new(
+        spool: Spool,
+        mut here: Ranges,
+        names: &[String],
+        packed: Option<(Frames, Digest)>,
+    ) -> Self {
+        let (frames, table) = match packed {
+            Some((frames, table)) => (frames, Some(table)),
+            None => (Frames::default(), None),
+        };
         for frame in frames.iter() {
             // It comes as a whole, and no byte is written twice.
             if !here.covers(&frame.content) {
@@ -294,6 +157,7 @@ impl Landing {
         Self {
             spool,
             frames,
+            table,
             order,
             state: Mutex::new(state),
             round: RwLock::new(0),
@@ -518,7 +382,7 @@ impl Landing {
             (state.here.clone(), state.unsaved)
         };
         self.spool.sync().map_err(|e| disk(&self.spool, e))?;
-        ingest.save_landed(&here)?;
+        ingest.save_landed(&Landed { here, table: self.table })?;
         let mut state = self.lock();
         // Another save, that was given up, may have counted the same.
         state.unsaved = state.unsaved.saturating_sub(unsaved);

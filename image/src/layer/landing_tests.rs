@@ -21,7 +21,7 @@ fn ingest(store: &Store, layer: &Layer) -> Arc<Ingest> {
 
 /// Lists a layer whose bytes these are; what was read for it.
 fn list(ingest: &Ingest, layer: Layer, blob: &[u8]) -> (Listing, Landing, u64) {
-    let here = ingest.landed::<Ranges>().unwrap_or_default();
+    let here = ingest.landed::<Landed>().map(|landed| landed.here).unwrap_or_default();
     let mut lister = Lister::new(ingest.folder(), layer, here, None).unwrap();
     let mut read = 0;
     while let Some(range) = lister.next_read() {

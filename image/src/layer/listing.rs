@@ -12,9 +12,9 @@ use std::path::Path;
 use bytes::Bytes;
 
 use super::LayerError;
-use super::frames::Frames;
-use super::landing::{Landing, Spool};
+use super::landing::Landing;
 use super::ranges::Ranges;
+use super::spool::Spool;
 use super::tar::{Event, MemberKind, Parser};
 use super::unpack::{Meaning, room_for_more};
 use crate::digest::{Digest, ObjectId};
@@ -224,7 +224,7 @@ impl Lister {
         let attributes = self.parser.as_ref().map(|parser| parser.attributes().clone());
         let attributes = attributes.unwrap_or_default();
         let listing = Listing::new(self.layer.blob.digest, self.listed, attributes);
-        let landing = Landing::new(self.spool, self.here, &listing.names(), Frames::default());
+        let landing = Landing::new(self.spool, self.here, &listing.names(), None);
         Ok((listing, landing))
     }
 }

@@ -22,9 +22,10 @@ use sha2::{Digest as _, Sha256};
 use super::LayerError;
 use super::frames::{Contents, Frame, Frames, Promised};
 use super::inflate::Inflater;
-use super::landing::{Landing, Spool};
+use super::landing::Landing;
 use super::listing::{Listed, ListedFile, Listing};
 use super::ranges::Ranges;
+use super::spool::Spool;
 use super::tar::{Event, Member, MemberKind, Parser};
 use super::unpack::{Meaning, is_estargz, room_for_more};
 use crate::digest::Digest;
@@ -39,6 +40,7 @@ const UNPACKED_ANYWAY: u64 = 1024 * 1024;
 /// Lists one layer.
 pub(crate) struct PackedLister {
     layer: Layer,
+    table: Digest,
     inflater: Inflater,
     body: Body,
     /// What is still to be read of the blob.
@@ -102,7 +104,7 @@ impl PackedLister {
             open: None,
         };
         let inflater = Inflater::new(layer.compression).map_err(LayerError::Refused)?;
-        Ok(Self { layer, inflater, body, between })
+        Ok(Self { layer, table: contents.table, inflater, body, between })
     }
 
     /// What of the blob to give, in order.
@@ -149,7 +151,7 @@ impl PackedLister {
         }
         spool.ends_at(at);
         let listing = Listing::new(self.layer.blob.digest, listed, attributes);
-        let landing = Landing::new(spool, here, &listing.names(), frames);
+        let landing = Landing::new(spool, here, &listing.names(), Some((frames, self.table)));
         Ok((listing, landing))
     }
 }

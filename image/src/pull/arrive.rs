@@ -23,7 +23,7 @@ use super::slots::Slot;
 use super::{Inner, PullError};
 use crate::crash;
 use crate::digest::{Digest, ObjectId};
-use crate::layer::{End, Landing, LayerError, Lister, Listing, Piece, Ranges, Verifier};
+use crate::layer::{End, Landed, Landing, LayerError, Lister, Listing, Piece, Ranges, Verifier};
 use crate::manifest::{Compression, Content, Layer};
 use crate::source::Source;
 use crate::store::{Ingest, LayerRecord, StoreError};
@@ -106,7 +106,7 @@ impl Inner {
             _ => return Ok(None),
         }
         let folder = Arc::clone(ingest);
-        let here = self.disk(move |_| left(&folder)).await?;
+        let here = self.disk(move |_| left(&folder, None)).await?;
         let known = match layer.content {
             Content::File => self.known_raw(source, layer, ingest.folder(), state).await,
             Content::Tar => None,
@@ -224,7 +224,8 @@ impl Inner {
                     Compression::None => layer.record_name(),
                     _ => layer.record_name_as(&proof),
                 };
-                let written_bytes = staged.iter().map(|staged| staged.size).sum();
+                let written = staged.iter().filter(|staged| !ready.linked.contains(&staged.object));
+                let written_bytes = written.map(|staged| staged.size).sum();
                 only(ingest)?.commit(name, record, staged)?;
                 ready.landing.end(End::Verified);
                 Ok(written_bytes)
@@ -238,14 +239,20 @@ impl Inner {
     async fn is_wrong(
         &self,
         ingest: Arc<Ingest>,
-        arrival: &Arrival,
+        arrival: &Arc<Arrival>,
         layer: Digest,
         why: String,
     ) -> Result<PullError, PullError> {
         tracing::error!(%layer, why, "what readers were given is wrong: nothing of this layer is \
             readable any more, start again what has read it");
         arrival.landing.end(End::Wrong(why.clone()));
-        self.disk(move |_| only(ingest)?.discard()).await?;
+        let (shared, told) = (Arc::clone(arrival), why.clone());
+        let discarded = self.disk(move |_| {
+            // Nothing is written any more when the next pull begins.
+            shared.landing.give_back(&told);
+            only(ingest)?.discard()
+        });
+        discarded.await?;
         self.suspect(arrival.linked.clone()).await;
         Ok(PullError::Mismatch(why))
     }
@@ -294,10 +301,11 @@ impl Inner {
     }
 }
 
-/// What an earlier pull left of a layer that came out of order, if nothing else is there.
-fn left(ingest: &Ingest) -> Result<Ranges, StoreError> {
-    match ingest.landed() {
-        Some(here) => Ok(here),
+/// What an earlier pull left of a layer that came out of order, by the same table of contents if it is
+/// compressed; and nothing else.
+fn left(ingest: &Ingest, table: Option<Digest>) -> Result<Ranges, StoreError> {
+    match ingest.landed::<Landed>().filter(|landed| landed.table == table) {
+        Some(landed) => Ok(landed.here),
         None => ingest.clear().map(|()| Ranges::default()),
     }
 }

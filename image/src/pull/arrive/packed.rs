@@ -54,7 +54,8 @@ impl Inner {
             Err(why) => return unlisted(digest, LayerError::Refused(why)),
         };
         let folder = Arc::clone(ingest);
-        let here = self.disk(move |_| left(&folder)).await?;
+        let table = Some(contents.table);
+        let here = self.disk(move |_| left(&folder, table)).await?;
         let linked = self.link_known(&mut contents, ingest.folder(), source, layer, state).await;
         let folder = Arc::clone(ingest);
         let lister =

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::layer::{Chunk, End, Landing, LayerError, Listing, Plan, Ranges, Resumed, Verifier};
+use crate::layer::{Chunk, End, Landed, Landing, LayerError, Listing, Plan, Resumed, Verifier};
 use crate::manifest::Compression;
 use crate::pull::toc;
 use crate::store::{LayerRecord, Store};
@@ -34,7 +34,7 @@ fn list(
     piece: u64,
 ) -> Result<(Listing, Landing, u64), LayerError> {
     let contents = contents(layer, blob).map_err(LayerError::Refused)?;
-    let here = ingest.landed::<Ranges>().unwrap_or_default();
+    let here = left(ingest, Some(contents.table))?;
     let mut lister = PackedLister::new(ingest.folder(), layer, contents, here)?;
     let mut read = 0;
     for range in lister.reads().collect::<Vec<_>>() {
@@ -323,9 +323,9 @@ fn what_was_saved_is_here_the_next_time_as_whole_chunks() {
         land(&landing, (layer, &blob), &(begins + 300_000..begins + 900_000)).unwrap();
         // As if half of a chunk had been recorded.
         landing.save(&right).unwrap();
-        let mut here = right.landed::<Ranges>().unwrap();
-        here.remove(begins + 850_000..begins + 900_000);
-        right.save_landed(&here).unwrap();
+        let mut landed = right.landed::<Landed>().unwrap();
+        landed.here.remove(begins + 850_000..begins + 900_000);
+        right.save_landed(&landed).unwrap();
         drop((right, listing, landing));
 
         let store = Store::open(store.root()).unwrap();
@@ -338,4 +338,21 @@ fn what_was_saved_is_here_the_next_time_as_whole_chunks() {
             complete(right, (&listing, &landing), of_blob, Digest::of(&tar), &store).unwrap();
         assert_eq!(entries, plain(layer, &blob).unwrap(), "{kind:?}");
     }
+}
+
+#[test]
+fn what_landed_by_another_table_is_not_taken_over() {
+    let large = noise(1, 3_000_000);
+    let (_, blob) = chunked(&[Entry::File("a", &large)], (KINDS[0], 100_000), &|_| {});
+    let layer = layer_of(&blob, KINDS[0]);
+    let (_folder, store) = store();
+    let ingest = ingest(&store, &layer);
+    let (_, landing, _) = list(&ingest, layer, &blob, 4096).unwrap();
+    let piece = landing.next(false).unwrap();
+    land(&landing, (layer, &blob), &piece.range).unwrap();
+    landing.save(&ingest).unwrap();
+    let table = contents(layer, &blob).unwrap().table;
+    assert!(left(&ingest, Some(table)).unwrap().covers(&piece.range));
+    assert_eq!(left(&ingest, Some(Digest::of(b"another"))).unwrap().total(), 0);
+    assert!(!ingest.has_landed(), "nor can it be found later");
 }

@@ -39,7 +39,7 @@ pub(in crate::pull) fn contents(
         }
         at = run.end;
     }
-    Ok(Contents { members: all.members, end: footer.end })
+    Ok(Contents { table: found, members: all.members, end: footer.end })
 }
 
 #[derive(Default)]
