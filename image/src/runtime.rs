@@ -383,7 +383,11 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // Outside of a Tokio runtime, as at the process's end, its time has to do.
+        // Nothing to do where it was ended. Outside of a Tokio runtime, as at the process's end, its time has
+        // to do.
+        if self.id.is_empty() {
+            return;
+        }
         let Ok(tokio) = tokio::runtime::Handle::try_current() else { return };
         let mut client = LeasesClient::new(self.runtime.channel());
         let request = DeleteRequest { id: std::mem::take(&mut self.id), sync: false };

@@ -270,6 +270,18 @@ async fn a_container_starts_from_a_stored_image_and_shares_its_inodes() {
     assert!(std::fs::read(&stored).unwrap() == weights());
     assert_eq!(node.ctr(&["snapshots", "ls"]).lines().count(), 1);
     assert_eq!(node.publish(image).await.unwrap(), 3);
+
+    // And what the store gives up, it takes back from containerd.
+    assert!(node.store.remove(&image).unwrap());
+    node.store.collect().unwrap();
+    assert_eq!(node.store.usage().unwrap().objects, 0);
+    let again = node.take(&node.image(model())).await;
+    assert!(again.digest == image && again.written_bytes < 1 << 20, "{again:?}");
+    let shared = node.stored(&image, "models/weights").metadata().unwrap();
+    assert_eq!(
+        (shared.nlink(), shared.ino()),
+        (3, node.unpacked("weights").metadata().unwrap().ino())
+    );
 }
 
 #[tokio::test]
@@ -334,6 +346,44 @@ async fn what_the_node_does_not_allow_is_said_and_tried_again_after_containerd_w
     assert_eq!(node.publish(other).await.unwrap(), 1);
     let listed = node.ctr(&["images", "ls", &format!("name=={NAME}")]);
     assert!(listed.contains(&other.to_string()), "{listed}");
+}
+
+/// A folder mounted once more; unmounted when dropped.
+struct Bound(PathBuf);
+
+impl Bound {
+    fn new(from: &Path, to: PathBuf) -> Self {
+        std::fs::create_dir(&to).unwrap();
+        let made = std::process::Command::new("mount").arg("--bind").args([from, &to]).status();
+        assert!(made.unwrap().success());
+        Self(to)
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[tokio::test]
+async fn over_two_mounts_of_one_file_system_files_are_copied() {
+    let Some(mut node) = Node::new() else { return };
+    let image = node.image(model());
+    node.import(&image);
+    let bound = Bound::new(node.store.root(), node.folder.path().join("bound"));
+    node.store = Store::open(&bound.0).unwrap();
+    let pulled = node.take(&image).await;
+    let (ours, theirs) = (node.stored(&pulled.digest, "models/weights"), node.unpacked("weights"));
+    assert!(std::fs::read(&ours).unwrap() == weights());
+    assert_ne!(ours.metadata().unwrap().ino(), theirs.metadata().unwrap().ino());
+    let error = node.runtime.shares_files_with(&node.store).await.unwrap_err();
+    assert!(
+        matches!(&error, PublishError::NotPossible(why) if why.contains("cross-device")),
+        "{error}"
+    );
+    node.nothing_left().await;
+    assert_eq!(node.remains().0, NAMESPACE);
 }
 
 #[tokio::test]

@@ -478,3 +478,42 @@ fn what_estargz_adds_is_no_file_of_the_image() {
     let own = file("models/stargz.index.json", 9, object, Some(2 * 1024 + 512));
     assert_eq!(store.layer(&layer).unwrap().unwrap().entries, [own]);
 }
+
+#[test]
+fn a_file_that_is_not_the_stores_yet_becomes_an_object_as_it_is_where_the_digest_proves_it() {
+    use std::os::unix::fs::MetadataExt as _;
+    let (folder, store) = store();
+    let content = noise(7, 3 * MIB + 5);
+    let tar = tar(&[Entry::File("small", b"s"), Entry::File("model", &content)]);
+    let layer = layer_of(&tar, Compression::None);
+    // Two headers, and the small file in a block of its own.
+    let range = 3 * 512..3 * 512 + content.len() as u64;
+    let theirs = folder.path().join("theirs");
+    let run = |bytes: &[u8]| {
+        std::fs::write(&theirs, bytes).unwrap();
+        let ingest = store.ingest(&layer.blob.digest).unwrap().unwrap();
+        let mut resumed = Resumed::open(ingest, layer, None).unwrap();
+        let name = "adopted".to_owned();
+        std::fs::hard_link(&theirs, resumed.outset().folder.join(&name)).unwrap();
+        let (size, range) = (bytes.len() as u64, range.clone());
+        let network = [&tar[..range.start as usize], &tar[range.end as usize..]];
+        let local =
+            Local { name, object: None, executable: false, size, range, again: 0, known: 0 };
+        resumed.follow(Plan::of(0..layer.blob.size, vec![local], &[], Arc::new(|_| true)));
+        let mut chunks = network.into_iter().map(Bytes::copy_from_slice);
+        resumed.unpack(|| chunks.next().map(|bytes| Chunk { bytes, _credit: () }))
+    };
+    let mut other = content.clone();
+    other[MIB] ^= 1;
+    assert!(matches!(run(&other), Err(LayerError::Mismatch(_))));
+    assert!(store.layer(&layer).unwrap().is_none());
+    assert_eq!(std::fs::metadata(&theirs).unwrap().nlink(), 1);
+
+    assert_eq!(run(&content).unwrap().written_bytes, 1);
+    let record = store.layer(&layer).unwrap().unwrap();
+    let object = ObjectId::new(blake3::hash(&content), false);
+    let objects: Vec<_> = record.objects().collect();
+    assert!(objects.contains(&(object, content.len() as u64)), "{objects:?}");
+    let (ours, theirs) = (store.object_path(&object), std::fs::metadata(&theirs).unwrap());
+    assert_eq!((std::fs::metadata(ours).unwrap().ino(), theirs.nlink()), (theirs.ino(), 2));
+}

@@ -136,7 +136,11 @@ impl Inner {
         if let Err(why) = looked {
             tracing::debug!(layer = %layer.blob.digest, why, "looking no further for what is here");
         }
-        let Scout { held, locals, end, .. } = scout;
+        let Scout { held, locals, end, snapshot, .. } = scout;
+        // A look that was cut off may have it still.
+        if let Some(snapshot) = snapshot.and_then(Arc::into_inner) {
+            snapshot.end().await;
+        }
         // Only with local files can the rest of the blob be left out.
         let end = if locals.is_empty() { rest.end } else { end };
         let known: u64 = overlaps(&(end..rest.end), &held).map(|(part, _)| length(&part)).sum();
@@ -251,7 +255,12 @@ impl Inner {
         let source = Arc::clone(source);
         let subject = Subject { source, layer, diff_id, chain, outset, state };
         let plan = self.plan(subject, &CancellationToken::new()).await;
-        let bytes = plan.network().iter().map(length).sum::<u64>() + plan.held();
+        // What is taken over counts towards a quota, though it costs the disk nothing.
+        let has_quota = self.store.limits().quota_bytes.is_some();
+        let adopted = plan.locals().filter(|local| has_quota && local.object.is_none());
+        let adopted_bytes: u64 = adopted.map(|local| local.size).sum();
+        let network_bytes: u64 = plan.network().iter().map(length).sum();
+        let bytes = network_bytes + plan.held() + adopted_bytes;
         // Removing it is disk work, too; a failure leaves it to the next start.
         let removed = move |_: &Store| {
             drop(folder);

@@ -107,6 +107,13 @@ fn open(folder: &Path) -> Result<OwnedFd, Failed> {
 }
 
 impl Snapshot {
+    /// Gives it back, and waits for that. Dropped, it is given back in the background.
+    pub(crate) async fn end(mut self) {
+        if let Some((session, key)) = self.held.take() {
+            give_back(session, key).await;
+        }
+    }
+
     /// Links the file at the layer's `path` to `to`, where it may be an object of `size` bytes as it is.
     /// What it holds is unproven. Blocks.
     pub(crate) fn link(&self, path: &str, size: u64, executable: bool, to: &Path) -> bool {
@@ -164,11 +171,14 @@ impl Drop for Snapshot {
         let Some((session, key)) = self.held.take() else { return };
         // Outside of a Tokio runtime the lease's time has to do.
         let Ok(tokio) = tokio::runtime::Handle::try_current() else { return };
-        tokio.spawn(async move {
-            if let Err(status) = session.remove(&key).await {
-                tracing::debug!(%status, "a view in containerd ends with its lease");
-            }
-        });
+        tokio.spawn(give_back(session, key));
+    }
+}
+
+async fn give_back(session: Session, key: String) {
+    let removed = session.remove(&key).await;
+    if let Err(status) = removed.and(session.end().await) {
+        tracing::debug!(%status, "a view in containerd ends with its lease");
     }
 }
 

@@ -10,12 +10,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use containerd_client::services::v1::PluginsRequest;
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
+use containerd_client::services::v1::leases_client::LeasesClient;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::snapshots::{
     PrepareSnapshotRequest, RemoveSnapshotRequest, ViewSnapshotRequest,
 };
+use containerd_client::services::v1::{DeleteRequest, PluginsRequest};
 use containerd_client::types::Mount;
 use sha2::{Digest as _, Sha256};
 use tonic::metadata::{Ascii, MetadataValue};
@@ -93,13 +94,13 @@ impl Runtime {
 }
 
 impl Session {
-    /// Ends the lease, and waits for that.
-    pub(super) async fn end(self) -> Result<(), tonic::Status> {
-        let id = self.lease.id.clone();
-        let request = containerd_client::services::v1::DeleteRequest { id, sync: true };
-        let mut client =
-            containerd_client::services::v1::leases_client::LeasesClient::new(self.channel());
-        patient(client.delete(self.of(request))).await.map(drop)
+    /// Ends the lease. What it alone held goes soon.
+    pub(super) async fn end(mut self) -> Result<(), tonic::Status> {
+        let request =
+            within(&self.namespace, DeleteRequest { id: self.lease.id.clone(), sync: false });
+        patient(LeasesClient::new(self.channel()).delete(request)).await?;
+        self.lease.id.clear();
+        Ok(())
     }
 
     pub(super) fn channel(&self) -> Channel {
