@@ -563,7 +563,7 @@ mod tests {
     fn the_runtime_pulls_two_at_a_time_and_the_store_goes_on_beside_it() {
         let of = |target: &str| {
             (0..6)
-                .map(|n| format!("- {{image: 'r/a:{n}', target: {target}}}\n"))
+                .map(|n| format!("- {{image: 'r/{target}:{n}', target: {target}}}\n"))
                 .collect::<String>()
         };
         let mut bench = Bench::new(&format!("images:\n{}{}", of("runtime"), of("store")));
