@@ -54,12 +54,13 @@ impl Runtime {
         let namespace = cri_namespace()?;
         let mut client = ImagesClient::new(self.channel());
         let request = within(&namespace, GetImageRequest { name: name.to_owned() });
-        let image = ask(client.get(request)).await?.image.ok_or(RuntimeError::NotFound)?;
+        let image = ask(client.get(request)).await?.image;
+        let image = image.filter(|image| image.target.is_some()).ok_or(RuntimeError::NotFound)?;
         if image.labels.contains_key(PINNED.0) {
             return Ok(());
         }
         let labels = [PINNED, OURS].map(|(key, value)| (key.to_owned(), value.to_owned()));
-        self.label(&namespace, name, labels.into()).await
+        self.label(&namespace, Image { labels: labels.into(), ..image }).await
     }
 
     /// Takes away the pins that were set here, but for those of the names in `wanted`; how many.
@@ -77,10 +78,10 @@ impl Runtime {
         let filters = vec![format!("labels.\"{}\"=={}", OURS.0, OURS.1)];
         let request = within(&namespace, ListImagesRequest { filters });
         let ours = ask(client.list(request)).await?.images;
-        let gone = ours.into_iter().map(|image| image.name).filter(|name| !wanted.contains(name));
         let mut unpinned = 0;
-        for name in gone {
-            match self.label(&namespace, &name, HashMap::new()).await {
+        let gone = |image: &Image| !wanted.contains(&image.name) && image.target.is_some();
+        for image in ours.into_iter().filter(gone) {
+            match self.label(&namespace, Image { labels: HashMap::new(), ..image }).await {
                 Ok(()) => unpinned += 1,
                 // Removed at this moment.
                 Err(RuntimeError::NotFound) => {}
@@ -90,15 +91,10 @@ impl Runtime {
         Ok(unpinned)
     }
 
-    /// Gives the two labels these values; one that is missing goes.
-    async fn label(
-        &self,
-        namespace: &Namespace,
-        name: &str,
-        labels: HashMap<String, String>,
-    ) -> Result<(), RuntimeError> {
+    /// Gives the two labels the values that they have in `image`; one that is missing goes. The rest of it
+    /// must be as containerd told it: 1.7 and later crash on an image without a target, whatever the mask says.
+    async fn label(&self, namespace: &Namespace, image: Image) -> Result<(), RuntimeError> {
         let paths = [PINNED, OURS].map(|(key, _)| format!("labels.{key}")).into();
-        let image = Image { name: name.to_owned(), labels, ..Image::default() };
         let request = UpdateImageRequest {
             image: Some(image),
             update_mask: Some(FieldMask { paths }),
