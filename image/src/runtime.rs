@@ -41,6 +41,7 @@ use tower::service_fn;
 use crate::digest::Digest;
 
 mod adopt;
+mod api;
 mod arrived;
 mod inventory;
 mod pin;
@@ -48,6 +49,7 @@ mod publish;
 mod snapshots;
 
 pub(crate) use adopt::Snapshot;
+pub(crate) use api::ApiBlob;
 pub use inventory::{Inventory, RuntimeImage, RuntimeLayer};
 pub use pin::RuntimeError;
 pub use publish::{Publication, PublishError, Published};
@@ -134,13 +136,22 @@ struct Shared {
 #[derive(Default)]
 struct Link {
     /// The content store's folder, as containerd said since it answered last.
-    root: Option<PathBuf>,
+    root: Option<Root>,
     resting_until: Option<Instant>,
     /// What was said last, so that it is not said again.
     said: Option<String>,
+    said_unseen: bool,
     /// Whether it takes snapshots of that store's files: overlayfs' folder, or why not. Found out again
     /// after it was away.
     publishes: Option<(PathBuf, Result<PathBuf, String>)>,
+}
+
+/// The content store's folder.
+#[derive(Debug, Clone)]
+enum Root {
+    Seen(PathBuf),
+    /// It is not mounted here: what is in it is to be had through the API.
+    Unseen,
 }
 
 /// Why containerd did not say.
@@ -156,6 +167,12 @@ impl Failed {
     fn late() -> Self {
         Self::Away(format!("no answer within {} s", PATIENCE.as_secs()))
     }
+}
+
+/// A blob that containerd has.
+pub(crate) enum Found {
+    File(FoundBlob),
+    Api(ApiBlob),
 }
 
 /// A blob in containerd's content store, open.
@@ -213,7 +230,7 @@ impl Runtime {
     /// # Cancel safety
     ///
     /// A lease that was just made ends by itself.
-    pub(crate) async fn blob(&self, digest: &Digest, leases: &Leases) -> Option<FoundBlob> {
+    pub(crate) async fn blob(&self, digest: &Digest, leases: &Leases) -> Option<Found> {
         if self.rests() {
             return None;
         }
@@ -231,17 +248,20 @@ impl Runtime {
         }
     }
 
-    async fn find(&self, digest: &Digest, leases: &Leases) -> Result<FoundBlob, Failed> {
-        let root = self.content_root().await?;
+    async fn find(&self, digest: &Digest, leases: &Leases) -> Result<Found, Failed> {
+        let root = self.content().await?;
         for namespace in &self.shared.options.namespaces {
             let size = match self.size(namespace, digest).await {
                 Err(Failed::NotFound) => continue,
                 size => size?,
             };
             leases.hold(self, namespace, digest).await?;
+            let Root::Seen(root) = &root else {
+                return Ok(Found::Api(ApiBlob::new(self, namespace, *digest, size)));
+            };
             let path = root.join("blobs").join("sha256").join(digest.hex());
             let opened = tokio::task::spawn_blocking(move || open(&path, size)).await;
-            let found = opened.ok().flatten();
+            let found = opened.ok().flatten().map(Found::File);
             if found.is_none() {
                 // Collected at this moment; or the store has moved.
                 self.link().root = None;
@@ -260,7 +280,8 @@ impl Runtime {
         size.ok_or_else(|| Failed::Away(format!("blob {digest}: containerd names no size")))
     }
 
-    async fn content_root(&self) -> Result<PathBuf, Failed> {
+    /// Where its content store is, as this process sees it.
+    async fn content(&self) -> Result<Root, Failed> {
         if let Some(root) = &self.link().root {
             return Ok(root.clone());
         }
@@ -272,18 +293,24 @@ impl Runtime {
         let root = root.ok_or_else(|| {
             Failed::Away("containerd does not say where its content store is".to_owned())
         })?;
-        let seen = root.clone();
-        if !tokio::task::spawn_blocking(move || seen.is_dir()).await.unwrap_or_default() {
-            return Err(Failed::Away(format!(
-                "its content store {} is not to be seen from here: mount it at the same path",
-                root.display()
-            )));
-        }
+        // Which it makes when it starts; an empty folder may be what somebody mounts instead.
+        let inside = root.join("ingest");
+        let is_seen = tokio::task::spawn_blocking(move || inside.is_dir()).await;
+        let shown = root.display().to_string();
+        let root = if is_seen.unwrap_or_default() { Root::Seen(root) } else { Root::Unseen };
         let mut link = self.link();
         link.root = Some(root.clone());
         link.resting_until = None;
+        let socket = self.shared.options.socket.display();
         if link.said.take().is_some() {
-            tracing::info!(socket = %self.shared.options.socket.display(), "containerd is back");
+            tracing::info!(%socket, "containerd is back");
+        }
+        if matches!(root, Root::Unseen) && !std::mem::replace(&mut link.said_unseen, true) {
+            tracing::info!(
+                %socket, content = shown,
+                "containerd's content store is not to be seen from here: its blobs are read through \
+                 its API, which is slower; mount it at the same path"
+            );
         }
         Ok(root)
     }

@@ -378,6 +378,54 @@ async fn images_in_containerd_are_known_as_they_come_and_go() {
 }
 
 #[tokio::test]
+async fn a_containerd_that_hangs_is_soon_no_authority_any_more() {
+    let Some(node) = Node::new().await else { return };
+    let (mut inventory, _task) = follow(&node.runtime);
+    let (now, _) = seen(&mut inventory, "a list", |now| now.connected).await;
+    // No connection ends, and no event comes.
+    node.containerd.hang(true).unwrap();
+    let gone = inventory.wait_for(|now| !now.connected);
+    let gone = tokio::time::timeout(Duration::from_secs(20), gone).await;
+    node.containerd.hang(false).unwrap();
+    let gone = gone.expect("within some seconds").unwrap().clone();
+    assert_eq!(gone.images.len(), now.images.len(), "with its age");
+    let back = inventory.wait_for(|later| later.connected && later.listed_at > now.listed_at);
+    tokio::time::timeout(Duration::from_secs(20), back).await.expect("it is found again").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_read_as_files_is_read_through_the_api() {
+    let Some(here) = Node::new().await else { return };
+    let config = format!(
+        "runtime: {{containerd: {{enabled: true, socket: {}, namespaces: [k8s.io]}}}}\n",
+        here.containerd.socket().display()
+    );
+    // As where the folder is not mounted into the agent's container.
+    let prepare = format!("mount -t tmpfs none {}", here.containerd.content().display());
+    let setup = Setup {
+        config: Some(config),
+        prepare: Some(prepare),
+        ..Setup::plain_http(&[here.registry.host()])
+    };
+    let Some(agent) = node::Node::set_up(binary(), setup) else { return };
+    let image = here.image.clone();
+    let is_ready = async || located(&agent, &image).await.1.state() == api::ModelState::Ready;
+    eventually("the image in containerd is known", is_ready).await;
+    here.empty_registry();
+    let pod = agent.pod("a");
+    agent.publish(&pod, &image).await.unwrap();
+    let weights = agent.inside(&pod.target).join("models/model.safetensors");
+    let expected = std::fs::read(here.model.path().join("model.safetensors")).unwrap();
+    assert!(std::fs::read(weights).unwrap() == expected);
+    let counted = async || agent.metric("carport_runtime_bytes_total").await > 3e6;
+    eventually("what was read there is counted", counted).await;
+    let said = "containerd's content store is not to be seen from here";
+    assert_eq!(agent.log().matches(said).count(), 1, "{}", agent.log());
+    agent.unpublish(&pod).await.unwrap();
+    here.no_leases().await;
+}
+
+#[tokio::test]
 async fn an_image_without_its_layers_is_complete_only_where_it_is_unpacked() {
     let Some(node) = Node::new().await else { return };
     let (mut inventory, _task) = follow(&node.runtime);

@@ -25,12 +25,13 @@ use bytes::Bytes;
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::services::v1::images_client::ImagesClient;
+use containerd_client::services::v1::version_client::VersionClient;
 use containerd_client::services::v1::{ListContentRequest, ListImagesRequest, SubscribeRequest};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Failed, MAX_ANSWER, Namespace, Runtime, UNPACKED, open, within};
+use super::{ApiBlob, Failed, MAX_ANSWER, Namespace, Root, Runtime, UNPACKED, ask, open, within};
 use crate::digest::Digest;
 use crate::manifest::{Blob, Manifest, Platform};
 use crate::reference::Reference;
@@ -48,6 +49,9 @@ const SETTLE: Duration = Duration::from_secs(2);
 const SAFETY_NET: Duration = Duration::from_secs(60);
 /// How long a list may take.
 const LIST_PATIENCE: Duration = Duration::from_secs(20);
+/// How often containerd is asked for a sign of life, and how many may fail to come in a row: one that hangs
+/// ends no connection.
+const BEAT: (Duration, u32) = (Duration::from_secs(3), 2);
 /// How soon a lost containerd is looked for again, at first and at last.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 
@@ -158,7 +162,11 @@ impl Runtime {
         let (mut wait, longest) = RETRY;
         loop {
             let began = Instant::now();
-            let why = match self.follow_once(inventory, &mut documents).await {
+            let lost = tokio::select! {
+                lost = self.follow_once(inventory, &mut documents) => lost,
+                () = self.silent() => Failed::late(),
+            };
+            let why = match lost {
                 Failed::NotFound => "its content store has gone".to_owned(),
                 Failed::Away(why) => why,
             };
@@ -171,6 +179,16 @@ impl Runtime {
             // One that was there for a while is likely to be back soon.
             wait = if began.elapsed() > longest { RETRY.0 } else { (wait * 2).min(longest) };
             tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Ends when it gives no sign of life any more.
+    async fn silent(&self) {
+        let mut missed = 0;
+        while missed < BEAT.1 {
+            tokio::time::sleep(BEAT.0).await;
+            let mut client = VersionClient::new(self.channel());
+            missed = if ask(client.version(())).await.is_ok() { 0 } else { missed + 1 };
         }
     }
 
@@ -232,13 +250,16 @@ impl Runtime {
     }
 
     async fn list(&self, documents: &mut Documents) -> Result<Inventory, Failed> {
-        let root = self.content_root().await?;
+        let root = self.content().await?;
         let listed_at = SystemTime::now();
         let mut images: BTreeMap<Digest, RuntimeImage> = BTreeMap::new();
         let (mut references, mut aliases) = (HashMap::new(), HashMap::new());
         for namespace in &self.shared.options.namespaces {
             let named = self.named(namespace).await?;
             let content = self.contents(namespace).await?;
+            if matches!(root, Root::Unseen) {
+                self.fetch(namespace, &named, &content, documents).await?;
+            }
             let (root, mut known) = (root.clone(), std::mem::take(documents));
             let reading = tokio::task::spawn_blocking(move || {
                 let found = describe(named, &content, &root, &mut known);
@@ -290,6 +311,37 @@ impl Runtime {
             .collect())
     }
 
+    /// Reads manifests that are not known yet, where their files cannot be.
+    async fn fetch(
+        &self,
+        namespace: &Namespace,
+        named: &[(String, Digest)],
+        content: &HashMap<Digest, Content>,
+        documents: &mut Documents,
+    ) -> Result<(), Failed> {
+        for (_, target) in named {
+            let mut next = Some(*target);
+            // An index, and the image that is chosen of it.
+            for _ in 0..2 {
+                let Some(digest) = next.take() else { break };
+                if !documents.contains_key(&digest)
+                    && let Some(Content { size, .. }) = content.get(&digest)
+                {
+                    let blob = ApiBlob::new(self, namespace, digest, *size);
+                    let document = match *size > MAX_MANIFEST_BYTES {
+                        true => Some(Document::Other),
+                        false => parse(&digest, blob.read_all().await.map_err(Failed::Away)?),
+                    };
+                    documents.extend(document.map(|document| (digest, document)));
+                }
+                if let Some(Document::Index(chosen)) = documents.get(&digest) {
+                    next = Some(*chosen);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// All blobs.
     async fn contents(&self, namespace: &Namespace) -> Result<HashMap<Digest, Content>, Failed> {
         let mut client = ContentClient::new(self.channel()).max_decoding_message_size(MAX_ANSWER);
@@ -326,7 +378,7 @@ async fn patient<T>(
 fn describe(
     named: Vec<(String, Digest)>,
     content: &HashMap<Digest, Content>,
-    root: &Path,
+    root: &Root,
     documents: &mut Documents,
 ) -> Vec<(Digest, Option<String>, RuntimeImage)> {
     documents.retain(|digest, _| content.contains_key(digest));
@@ -335,6 +387,7 @@ fn describe(
             return Some(known.clone());
         }
         // What cannot be read now may be there next time.
+        let Root::Seen(root) = root else { return None };
         let read = read(root, digest, content.get(digest)?.size)?;
         documents.insert(*digest, read.clone());
         Some(read)
@@ -378,10 +431,15 @@ fn read(root: &Path, digest: &Digest, size: u64) -> Option<Document> {
     let path = root.join("blobs").join("sha256").join(digest.hex());
     let mut bytes = Vec::new();
     open(&path, size)?.file.take(size).read_to_end(&mut bytes).ok()?;
+    parse(digest, Bytes::from(bytes))
+}
+
+/// What a manifest or an index says; nothing where it is not what its digest says.
+fn parse(digest: &Digest, bytes: Bytes) -> Option<Document> {
     if Digest::of(&bytes) != *digest {
         return None;
     }
-    let raw = RawManifest { media_type: String::new(), bytes: Bytes::from(bytes) };
+    let raw = RawManifest { media_type: String::new(), bytes };
     Some(match Manifest::parse(&raw) {
         Ok(Manifest::Index(index)) => {
             index.choose(&Platform::default()).map_or(Document::Other, Document::Index)

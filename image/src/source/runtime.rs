@@ -16,17 +16,35 @@ use tokio::sync::OnceCell;
 
 use super::part::{Part, check_range};
 use crate::digest::Digest;
-use crate::runtime::{Leases, Runtime};
+use crate::runtime::{ApiBlob, Found, Leases, Runtime};
 use crate::source::{
     Audience, BlobBody, MAX_MANIFEST_BYTES, ManifestName, RawManifest, Source, SourceError,
 };
+
+type Blobs = Arc<Mutex<HashMap<Digest, Arc<OnceCell<Option<Here>>>>>>;
+
+/// How a blob of the runtime's is read.
+#[derive(Clone)]
+enum Here {
+    File(Part),
+    Api(ApiBlob),
+}
+
+impl Here {
+    fn size(&self) -> u64 {
+        match self {
+            Self::File(part) => part.length,
+            Self::Api(blob) => blob.size,
+        }
+    }
+}
 
 /// A source with the container runtime before it, for one pull.
 pub(super) struct RuntimeFirst {
     runtime: Runtime,
     behind: Arc<dyn Source>,
     // What the runtime had when it was asked first; a pull asks for few blobs.
-    blobs: Mutex<HashMap<Digest, Arc<OnceCell<Option<Part>>>>>,
+    blobs: Blobs,
     leases: Leases,
     served_manifest: AtomicBool,
 }
@@ -36,32 +54,38 @@ impl RuntimeFirst {
         Self {
             runtime,
             behind,
-            blobs: Mutex::default(),
+            blobs: Blobs::default(),
             leases: Leases::default(),
             served_manifest: AtomicBool::new(false),
         }
     }
 
-    /// The runtime's file, where it has one.
-    async fn part(&self, digest: &Digest) -> Option<Part> {
-        let cell = Arc::clone(self.blobs().entry(*digest).or_default());
+    /// What the runtime has of it, if anything.
+    async fn here(&self, digest: &Digest) -> Option<Here> {
+        let cell = Arc::clone(lock(&self.blobs).entry(*digest).or_default());
         let open = || async {
             let found = self.runtime.blob(digest, &self.leases).await?;
             tracing::debug!(blob = %digest, "containerd has it");
-            Some(Part { file: Arc::new(found.file), start: 0, length: found.size })
+            Some(match found {
+                Found::File(found) => {
+                    Here::File(Part { file: Arc::new(found.file), start: 0, length: found.size })
+                }
+                Found::Api(blob) => Here::Api(blob),
+            })
         };
         cell.get_or_init(open).await.clone()
     }
 
-    fn blobs(&self) -> MutexGuard<'_, HashMap<Digest, Arc<OnceCell<Option<Part>>>>> {
-        self.blobs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     async fn manifest_here(&self, digest: Digest) -> Option<RawManifest> {
-        let part = self.part(&digest).await?;
         let name = format!("manifest {digest} in containerd");
-        let read = tokio::task::spawn_blocking(move || part.read_all(&name, MAX_MANIFEST_BYTES));
-        let bytes = read.await.ok()?.ok()?;
+        let bytes = match self.here(&digest).await? {
+            Here::File(part) => {
+                let read = move || part.read_all(&name, MAX_MANIFEST_BYTES);
+                tokio::task::spawn_blocking(read).await.ok()?.ok()?
+            }
+            Here::Api(blob) if blob.size <= MAX_MANIFEST_BYTES => blob.read_all().await.ok()?,
+            Here::Api(_) => return None,
+        };
         if Digest::of(&bytes) != digest {
             tracing::warn!(manifest = %digest, "containerd's copy is damaged; asking elsewhere");
             return None;
@@ -112,17 +136,27 @@ impl Source for RuntimeFirst {
         size: u64,
         range: Range<u64>,
     ) -> Result<BlobBody, SourceError> {
-        match self.part(digest).await {
-            Some(part) if part.length == size => {
-                let name = format!("blob {digest} of {}", self.name());
-                check_range(&name, &range, size)?;
-                let (body, runtime) = (part.body(name, range), self.runtime.clone());
-                let counted =
-                    body.stream.inspect_ok(move |bytes| runtime.count(bytes.len() as u64));
-                Ok(BlobBody { is_here: true, stream: counted.boxed(), ..body })
+        let here = match self.here(digest).await {
+            Some(here) if here.size() == size => here,
+            _ => return self.behind.blob(digest, size, range).await,
+        };
+        let name = format!("blob {digest} of {}", self.name());
+        check_range(&name, &range, size)?;
+        let body = match here {
+            Here::File(part) => part.body(name, range),
+            Here::Api(blob) => {
+                let (blobs, digest, offset) = (Arc::clone(&self.blobs), *digest, range.start);
+                // The next try is then the source's behind.
+                let stream = blob.read(range).map_err(move |why| {
+                    forget(&blobs, digest);
+                    SourceError::Unavailable(format!("{name}: {why}"))
+                });
+                BlobBody { offset, ranged: true, is_here: true, stream: stream.boxed() }
             }
-            _ => self.behind.blob(digest, size, range).await,
-        }
+        };
+        let runtime = self.runtime.clone();
+        let counted = body.stream.inspect_ok(move |bytes| runtime.count(bytes.len() as u64));
+        Ok(BlobBody { is_here: true, stream: counted.boxed(), ..body })
     }
 
     fn is_local(&self) -> bool {
@@ -130,12 +164,17 @@ impl Source for RuntimeFirst {
     }
 
     fn distrust(&self, blob: &Digest) -> bool {
-        // From now on it counts as not there.
-        let nothing = Arc::new(OnceCell::new_with(Some(None)));
-        let before = self.blobs().insert(*blob, nothing);
-        if before.is_some_and(|cell| matches!(cell.get(), Some(Some(_)))) {
-            return true;
-        }
-        self.behind.distrust(blob)
+        forget(&self.blobs, *blob) || self.behind.distrust(blob)
     }
+}
+
+/// From now on it counts as not there; whether it was.
+fn forget(blobs: &Blobs, blob: Digest) -> bool {
+    let nothing = Arc::new(OnceCell::new_with(Some(None)));
+    let before = lock(blobs).insert(blob, nothing);
+    before.is_some_and(|cell| matches!(cell.get(), Some(Some(_))))
+}
+
+fn lock(blobs: &Blobs) -> MutexGuard<'_, HashMap<Digest, Arc<OnceCell<Option<Here>>>>> {
+    blobs.lock().unwrap_or_else(PoisonError::into_inner)
 }
