@@ -242,7 +242,7 @@ async fn a_runtime_that_is_not_containerd_is_listed_and_fed_through_cri() {
     // What was there was not pulled again, and nobody's login went along.
     let pulls: Vec<_> = runtime.pulls();
     let asked: Vec<_> = pulls.iter().map(|pull| pull.image.clone().unwrap().image).collect();
-    assert_eq!(asked, [llama.clone()]);
+    assert_eq!(asked, std::slice::from_ref(&llama));
     assert_eq!(pulls[0].auth, None);
     let expected = serde_json::json!({ "connected": true, "image_count": 2 });
     assert_eq!(agent.json(&["status"])["runtime"], expected);
