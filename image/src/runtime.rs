@@ -128,6 +128,8 @@ struct Shared {
     channel: OnceLock<Channel>,
     // Held for a look only.
     link: Mutex<Link>,
+    /// The turn of who tries out whether files can be shared.
+    trial: tokio::sync::Mutex<()>,
     blobs: AtomicU64,
     bytes: AtomicU64,
 }
@@ -188,6 +190,7 @@ impl Runtime {
             options,
             channel: OnceLock::new(),
             link: Mutex::default(),
+            trial: tokio::sync::Mutex::default(),
             blobs: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
         };

@@ -25,7 +25,8 @@
 //! ```
 //!
 //! The file system is the database. An object's reference count is its link
-//! count: with one link nobody uses it. What an image needs is complete when
+//! count: with one link nobody uses it, with more the container runtime alone may
+//! ([`crate::runtime`]), and what images' layers name decides. What an image needs is complete when
 //! its tree has its name, and a name is only ever taken by `rename`.
 //!
 //! # What always holds

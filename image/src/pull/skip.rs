@@ -95,7 +95,7 @@ impl Inner {
         }
         let snapshot = match (layer.content, layer.compression, chain, self.sources.runtime()) {
             (Content::Tar, Compression::None, Some(chain), Some(runtime)) => {
-                runtime.snapshot(&chain, &outset.folder).await.map(Arc::new)
+                runtime.snapshot(&chain, &self.store).await.map(Arc::new)
             }
             _ => None,
         };

@@ -13,17 +13,16 @@
 //!   are taken whose owner, mode and attributes may be an object's as they are.
 //! - **No path leads out**: folders and files are opened below the snapshot's, through no symbolic link.
 
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 
 use containerd_client::services::v1::snapshots::{Kind, StatSnapshotRequest};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
 
 use super::snapshots::{SNAPSHOTTER, Session};
-use super::{Failed, Namespace, Runtime};
+use super::{Failed, Namespace, PublishError, Runtime};
 use crate::digest::Digest;
-use crate::store::object_mode;
+use crate::store::{Store, object_mode};
 
 /// The attribute that SELinux gives to every file; it says nothing of the image.
 const LABEL: &[u8] = b"security.selinux";
@@ -36,56 +35,48 @@ pub(crate) struct Snapshot {
 }
 
 impl Runtime {
-    /// The snapshot of a layer and all below it, where containerd has it and links can be made between it
-    /// and `store`, a folder.
+    /// The snapshot of a layer and all below it, where containerd has it and files can be shared with
+    /// `store`, which is tried out where that is not known yet.
     ///
     /// # Cancel safety
     ///
     /// What was made in containerd ends by itself.
-    pub(crate) async fn snapshot(&self, chain: &Digest, store: &Path) -> Option<Snapshot> {
+    pub(crate) async fn snapshot(&self, chain: &Digest, store: &Store) -> Option<Snapshot> {
         if self.rests() {
             return None;
         }
         match self.find_snapshot(chain, store).await {
-            Ok(snapshot) => snapshot,
-            Err(Failed::NotFound) => None,
-            Err(Failed::Away(why)) => {
+            Ok(snapshot) => Some(snapshot),
+            Err(PublishError::Away(why)) => {
                 self.away(&why);
+                None
+            }
+            Err(why) => {
+                tracing::debug!(%why, "no files are taken from containerd's snapshots");
                 None
             }
         }
     }
 
-    async fn find_snapshot(
-        &self,
-        chain: &Digest,
-        store: &Path,
-    ) -> Result<Option<Snapshot>, Failed> {
-        let root = match self.snapshots_root().await? {
-            Ok(root) => root,
-            Err(why) => {
-                tracing::debug!(why, "no files are taken from containerd's snapshots");
-                return Ok(None);
-            }
-        };
+    async fn find_snapshot(&self, chain: &Digest, store: &Store) -> Result<Snapshot, PublishError> {
         for namespace in &self.shared.options.namespaces {
             if !self.is_committed(namespace, chain).await? {
                 continue;
             }
+            let root = self.room_for(store).await?;
             let session = self.session(namespace, root.clone()).await?;
             let key = session.key(chain.hex());
             let folder = session.view(&key, &chain.to_string()).await;
+            // From here on it is given back, whatever comes.
             let mut snapshot = Snapshot { folder: open(&root)?, held: Some((session, key)) };
+            let folder = folder.map_err(|status| match status.code() {
+                tonic::Code::NotFound => PublishError::NotPossible("it has just gone".to_owned()),
+                _ => status.into(),
+            });
             snapshot.folder = open(&folder?)?;
-            let device = |fd| rustix::fs::fstat(fd).map(|stat| stat.st_dev);
-            let near = std::fs::metadata(store).map(|meta| meta.dev()).ok();
-            if device(snapshot.folder.as_fd()).ok() != near {
-                tracing::debug!("containerd's snapshots are on another file system than the store");
-                return Ok(None);
-            }
-            return Ok(Some(snapshot));
+            return Ok(snapshot);
         }
-        Ok(None)
+        Err(PublishError::NotPossible(format!("it has no snapshot {chain}")))
     }
 
     async fn is_committed(&self, namespace: &Namespace, chain: &Digest) -> Result<bool, Failed> {
@@ -185,7 +176,7 @@ async fn give_back(session: Session, key: String) {
 #[cfg(test)]
 mod tests {
     use std::fs::{self, Permissions};
-    use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
 
     use super::*;
 

@@ -165,11 +165,16 @@ impl Runtime {
     }
 
     /// overlayfs' folder, where snapshots can be made of the store's files.
-    async fn room_for(&self, store: &Store) -> Result<PathBuf, PublishError> {
-        if let Some((_, known)) =
-            self.link().publishes.as_ref().filter(|(at, _)| at == store.root())
-        {
-            return known.clone().map_err(PublishError::NotPossible);
+    pub(super) async fn room_for(&self, store: &Store) -> Result<PathBuf, PublishError> {
+        // One trial at a time: it ends with the removal of its namespace.
+        let _turn = self.shared.trial.lock().await;
+        let known = {
+            let link = self.link();
+            let known = link.publishes.as_ref().filter(|(at, _)| at == store.root());
+            known.map(|(_, known)| known.clone())
+        };
+        if let Some(known) = known {
+            return known.map_err(PublishError::NotPossible);
         }
         let found = match self.try_out(store).await {
             Err(PublishError::NotPossible(why)) => Err(why),

@@ -72,7 +72,7 @@ pub struct ImageUsage {
     pub image: StoredImage,
     /// Disk blocks that nothing else uses: what its removal frees.
     pub unique_bytes: u64,
-    /// Disk blocks of files that other images, or a pull under way, use, too.
+    /// Disk blocks of files that other images, a pull under way, or the container runtime use, too.
     pub shared_bytes: u64,
     /// Disk blocks that it would take if each of its files were stored for itself.
     pub alone_bytes: u64,
