@@ -3,7 +3,7 @@
 //! Values are parsed here with the same functions as the file's, so that a wrong one is a usage
 //! error (exit code 2) that names the flag. `--help` is meant to teach: each command says
 //! what it does, what its JSON looks like, and shows an example. The flags of `carport agent` and of
-//! registries are in [`agent`], those of the commands that ask an agent in [`remote`].
+//! registries are in `agent`, those of the commands that ask an agent in `remote`.
 
 use std::path::PathBuf;
 use std::time::Duration;
