@@ -71,7 +71,7 @@ soak: setup ## 50,000 volumes that come and go; `make test` has 5,000 (as root)
 .PHONY: fuzz
 fuzz: setup ## Fuzz each parser of foreign bytes for FUZZ_SECONDS (30), where cargo-fuzz is installed
 	@if ! $(CARGO) fuzz --version >/dev/null 2>&1; then echo "fuzz: skipped: no cargo-fuzz; cargo install cargo-fuzz" >&2; exit 0; fi; \
-	for target in reference manifest tar credentials; do \
+	for target in reference manifest tar credentials contents; do \
 		mkdir -p fuzz/target/corpus/$$target && \
 		$(CARGO) fuzz run --sanitizer none $$target fuzz/target/corpus/$$target fuzz/corpus/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -print_final_stats=1 || exit 1; \

@@ -93,6 +93,15 @@ pub fn credentials(data: &[u8]) {
     }
 }
 
+/// A table of contents of zstd:chunked or eStargz: read, or refused; what is accepted lies in the layer.
+///
+/// # Panics
+///
+/// When it does not.
+pub fn contents(data: &[u8]) {
+    crate::pull::read_table(data);
+}
+
 type Events = (Vec<(Member, u64)>, Option<String>);
 
 /// Members with the length of their content, and what ended it.
@@ -141,7 +150,8 @@ mod tests {
     fn the_corpus_is_read_or_refused() {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus");
         type Target = fn(&[u8]);
-        let targets: [(&str, Target); 4] = [
+        let targets: [(&str, Target); 5] = [
+            ("contents", contents),
             ("reference", reference),
             ("manifest", manifest),
             ("tar", tar),

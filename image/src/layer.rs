@@ -63,7 +63,7 @@ use back::Unpacking;
 pub(crate) use file::{Buffer, FileReader};
 pub(crate) use frames::{Contents, Frame, MAX_FRAME_BYTES, Promised};
 use front::{Front, Marks, Step};
-pub(crate) use landing::{End, Landed, Landing, Piece, Unlanded, Verifier};
+pub(crate) use landing::{End, Landed, Landing, Piece, Unlanded, Verifier, Want};
 pub(crate) use listing::{JUMP_BYTES, Lister, Listing};
 pub(crate) use packed::PackedLister;
 pub(crate) use plan::{Local, Plan, Told, overlaps};

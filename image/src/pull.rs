@@ -60,6 +60,8 @@ pub use plan::{Plan, PlannedImage};
 pub use slots::Priority;
 use slots::Slots;
 pub use stream::{Arriving, ArrivingFile, NotComing};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use toc::read_table;
 pub use verify::{Damage, Outcome, VerifyOptions, VerifyReport};
 
 /// Layers that are listed at the same time: each is a request after the other.

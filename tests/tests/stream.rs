@@ -24,6 +24,11 @@ use carport_tests::scripted::{Answer, Gate, Request, Scripted};
 use serde_json::json;
 use tempfile::TempDir;
 
+#[path = "stream/known.rs"]
+mod known;
+#[path = "stream/wrong.rs"]
+mod wrong;
+
 const SHARD_BYTES: usize = 12 * 1024 * 1024 + 333;
 
 const CHUNK_BYTES: usize = 1024 * 1024;
@@ -456,106 +461,6 @@ async fn a_layer_that_turns_out_wrong_is_not_readable_any_more_and_leaves_nothin
     assert_eq!(node.store().usage().unwrap().objects, 0);
 }
 
-/// A registry that has other bytes of a layer than it should have, for each request that `alters`.
-async fn altering(
-    layer: &Layer,
-    at: usize,
-    alters: impl Fn((u64, u64)) -> bool + Send + Sync + 'static,
-) -> (Image, Scripted) {
-    let mut altered = layer.clone();
-    altered.bytes[at] ^= 1;
-    let (right, wrong) = (image_of(layer), image_of(&altered));
-    let image = right.clone();
-    let server = Scripted::start(move |request| {
-        let (asked, given) = (right.layers[0].to_string(), wrong.layers[0].to_string());
-        let at = at as u64;
-        match range_of(request) {
-            Some((from, to))
-                if request.target.ends_with(&asked)
-                    && (from..to).contains(&at)
-                    && alters((from, to)) =>
-            {
-                let target = request.target.replace(&asked, &given);
-                wrong.answer(&Request { target, ..request.clone() })
-            }
-            _ => right.answer(request),
-        }
-    });
-    (image, server.await)
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_chunk_is_fetched_once_more_and_never_handed_out() {
-    if !tools() {
-        return;
-    }
-    for kind in ["zstd:chunked", "estargz"] {
-        let layer = packed_layer(kind, [1, 2, 3]);
-        // In a chunk of the second shard.
-        let at = SHARD_BYTES + 5_500_000;
-        let times = Arc::new(AtomicU64::new(0));
-        let counted = Arc::clone(&times);
-        let once = move |_| counted.fetch_add(1, Ordering::Relaxed) == 0;
-        let (image, server) = altering(&layer, at, once).await;
-        let node = Machine::new(&server.host());
-        let pull = node.start(&server.host(), &image, true);
-        let arriving = pull.arriving().await.unwrap_or_else(|| panic!("{kind}: not listed"));
-        let second = file(&arriving, "models/model-2.safetensors");
-        assert!(read(second, 0, SHARD_BYTES).await == shard(2), "{kind}");
-        let pulled = pull.wait().await.unwrap();
-        assert_eq!(
-            listing(&node.store().rootfs(&pulled.digest)),
-            plain_tree(&image).await,
-            "{kind}"
-        );
-        assert_eq!(times.load(Ordering::Relaxed), 2, "{kind}: once more");
-
-        let (image, server) = altering(&layer, at, |_| true).await;
-        let node = Machine::new(&server.host());
-        let pull = node.start(&server.host(), &image, true);
-        let arriving = pull.arriving().await.unwrap_or_else(|| panic!("{kind}: not listed"));
-        let second = file(&arriving, "models/model-2.safetensors");
-        let waited = second.wait(5_500_000..5_500_001);
-        let waited = tokio::time::timeout(PATIENT, waited).await.unwrap();
-        assert!(waited.unwrap_err().to_string().contains("not the chunk"), "{kind}");
-        let error = pull.wait().await.unwrap_err();
-        assert!(matches!(error, PullError::Mismatch(_)), "{kind}: {error}");
-        assert!(file(&arriving, "models/model-1.safetensors").has(0..1).is_err(), "{kind}");
-        assert_eq!(node.store().usage().unwrap().objects, 0, "{kind}");
-        node.assert_nothing_is_under_way();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_layer_with_another_table_than_the_manifest_names_is_waited_for() {
-    if !tools() {
-        return;
-    }
-    for (kind, name) in [
-        ("zstd:chunked", "io.github.containers.zstd-chunked.manifest-checksum"),
-        ("estargz", "containerd.io/snapshot/stargz/toc.digest"),
-    ] {
-        let layer = packed_layer(kind, [1, 2, 3]);
-        assert!(layer.annotations[name].is_string(), "{kind} says it");
-        let image = image_of(&layer.annotated(name, &Digest::of(b"another table").to_string()));
-        let served = image.clone();
-        let server = Scripted::start(move |request| served.answer(request)).await;
-        let node = Machine::new(&server.host());
-        let pull = node.start(&server.host(), &image, true);
-        if let Some(arriving) = pull.arriving().await {
-            assert_eq!(arriving.waited_for(), 1, "{kind}");
-        }
-        let pulled = pull.wait().await.unwrap();
-        assert_eq!(
-            listing(&node.store().rootfs(&pulled.digest)),
-            plain_tree(&image).await,
-            "{kind}"
-        );
-        let progress = pull.progress();
-        assert_eq!(progress.done_bytes, progress.total_bytes, "{kind}");
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn layers_that_skopeo_made_are_streamed() {
     if !tools() || !installed("skopeo") {
@@ -644,106 +549,6 @@ async fn readers_recover_when_a_registry_that_went_away_is_back() {
         assert_eq!(arriving.trouble(), None, "{kind}");
         node.assert_nothing_is_under_way();
     }
-}
-
-/// A node that has two of the shards, and a fine-tune that has another third.
-async fn over_a_base(kind: &str) -> (Image, Image) {
-    let raw = |seeds: &[u64]| {
-        let mut layout = Layout::new();
-        let layers: Vec<_> = seeds
-            .iter()
-            .map(|seed| {
-                let named = json!({"org.cncf.model.filepath": format!("model-{seed}.safetensors")});
-                Layer::raw("application/vnd.cncf.model.weight.v1.raw", named, &shard(*seed))
-            })
-            .collect();
-        let config = ("application/vnd.cncf.model.config.v1+json", &json!({}));
-        let digest = layout.add("v1", "", config, &layers);
-        Image::of_layout(&layout, &digest)
-    };
-    let (base, tune) = ([1, 2], [1, 2, 30]);
-    match kind {
-        "raw" => {
-            // By another name for each file, so that no layer is the same.
-            let files: Vec<_> =
-                base.iter().map(|seed| (format!("f{seed}"), shard(*seed))).collect();
-            let mut tar = Tar::default();
-            for (name, content) in &files {
-                tar = tar.file(name, content);
-            }
-            (Image::of(&[tar.end()]), raw(&tune))
-        }
-        _ => (raw(&base), image_of(&packed_layer(kind, tune))),
-    }
-}
-
-fn both(base: &Image, tune: &Image) -> impl Fn(&Request) -> Answer + Send + Sync + 'static {
-    let (base, tune) = (base.clone(), tune.clone());
-    move |request| match base.has(&request.target) {
-        true => base.answer(request),
-        false => tune.answer(request),
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn files_that_are_known_to_be_here_are_readable_at_once_and_not_fetched() {
-    if !tools() {
-        return;
-    }
-    for (kind, below) in [("zstd:chunked", "models/"), ("estargz", "models/"), ("raw", "")] {
-        let (base, tune) = over_a_base(kind).await;
-        let server = Scripted::start(both(&base, &tune)).await;
-        let host = server.host();
-        let node = Machine::new(&host);
-        node.start(&host, &base, false).wait().await.unwrap();
-        let objects = node.store().usage().unwrap().objects;
-        let pull = node.start(&host, &tune, true);
-        let arriving = pull.arriving().await.unwrap_or_else(|| panic!("{kind}: not listed"));
-        assert_eq!(arriving.waited_for(), 0, "{kind}");
-        for n in [1, 2] {
-            let here = file(&arriving, &format!("{below}model-{n}.safetensors"));
-            assert_eq!(here.has(0..SHARD_BYTES as u64), Ok(true), "{kind}: {n}");
-            assert!(read(here, 0, SHARD_BYTES).await == shard(n), "{kind}: {n}");
-        }
-        let pulled = pull.wait().await.unwrap();
-        // The new shard, and of each other a chunk for a sample, and of eStargz what is between.
-        let most = (SHARD_BYTES + 6 * CHUNK_BYTES) as u64;
-        assert!(pulled.fetched_bytes < most, "{kind}: {}", pulled.fetched_bytes);
-        assert!(pulled.fetched_bytes >= SHARD_BYTES as u64, "{kind}");
-        let progress = pull.progress();
-        assert_eq!(progress.done_bytes, progress.total_bytes, "{kind}");
-        assert_eq!(
-            listing(&node.store().rootfs(&pulled.digest)),
-            plain_tree(&tune).await,
-            "{kind}"
-        );
-        let new = if kind == "raw" { 1 } else { 3 };
-        assert_eq!(node.store().usage().unwrap().objects, objects + new, "{kind}: the very files");
-        node.assert_nothing_is_under_way();
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_known_file_that_is_damaged_ends_the_stream_and_is_fetched_by_the_next() {
-    if !tools() {
-        return;
-    }
-    let (base, tune) = over_a_base("zstd:chunked").await;
-    let server = Scripted::start(both(&base, &tune)).await;
-    let host = server.host();
-    let node = Machine::new(&host);
-    node.start(&host, &base, false).wait().await.unwrap();
-    let hex = blake3::hash(&shard(2)).to_hex();
-    let object = node.store().root().join("objects").join(&hex[..2]).join(hex.as_str());
-    let damaged = File::options().write(true).open(&object).unwrap();
-    damaged.write_all_at(b"rot", 3 * CHUNK_BYTES as u64 + 5).unwrap();
-
-    let error = node.start(&host, &tune, true).wait().await.unwrap_err();
-    assert!(matches!(error, PullError::Mismatch(_)), "{error}");
-    assert!(!object.exists(), "it is no object any more");
-    let pulled = node.start(&host, &tune, true).wait().await.unwrap();
-    assert_eq!(listing(&node.store().rootfs(&pulled.digest)), plain_tree(&tune).await);
-    node.assert_nothing_is_under_way();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -70,12 +70,22 @@ pub(crate) enum End {
     Wrong(String),
 }
 
+/// Why a piece is fetched, the most urgent first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// Somebody waits for it.
+    Asked,
+    /// It is what comes in that file next, for who reads on.
+    Follows,
+    /// It belongs to the layer.
+    InOrder,
+}
+
 /// Bytes to fetch next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) range: Range<u64>,
-    /// Somebody waits for it.
-    pub(crate) asked: bool,
+    pub(crate) want: Want,
     /// See [`Landing::give_back`].
     pub(crate) round: u64,
 }
@@ -250,15 +260,16 @@ impl Landing {
             let range = self.frames.whole(&state.taken.gap(&ahead).unwrap_or(gap), PIECE_BYTES);
             state.follow = range.end..file;
             state.taken.insert(range.clone());
-            return Some(Piece { range, asked: true, round });
+            return Some(Piece { range, want: Want::Asked, round });
         }
         if asked_only {
             return None;
         }
-        let gap = state.taken.gap(&state.follow).or_else(|| {
+        let follows = state.taken.gap(&state.follow).map(|gap| (gap, Want::Follows));
+        let (gap, want) = follows.or_else(|| {
             loop {
                 match state.taken.gap(self.order.get(state.ordered)?) {
-                    Some(gap) => return Some(gap),
+                    Some(gap) => return Some((gap, Want::InOrder)),
                     None => state.ordered += 1,
                 }
             }
@@ -266,7 +277,7 @@ impl Landing {
         let range = gap.start..gap.end.min(gap.start + PIECE_BYTES);
         let range = self.frames.whole(&range, PIECE_BYTES);
         state.taken.insert(range.clone());
-        Some(Piece { range, asked: false, round })
+        Some(Piece { range, want, round })
     }
 
     /// Begins a new round: what is under way will not land any more, and is to be fetched again. Blocks

@@ -126,7 +126,7 @@ proptest! {
             let mut wait = Box::pin(landing.wait(&range));
             let here = wait.as_mut().now_or_never();
             while let Some(piece) = landing.next(true) {
-                prop_assert!(here.is_none() && piece.asked);
+                prop_assert!(here.is_none() && piece.want == Want::Asked);
                 land(&landing, &blob, &piece.range);
             }
             prop_assert_eq!(here.or_else(|| wait.as_mut().now_or_never()), Some(Ok(())));
@@ -174,7 +174,7 @@ fn small_files_and_heads_come_first_and_then_large_files_by_name() {
     let offsets: Vec<_> = listing.files().map(|file| file.offset).collect();
     let mut at = Vec::new();
     while let Some(piece) = landing.next(false) {
-        assert!(!piece.asked);
+        assert!(piece.want == Want::InOrder);
         let file = offsets.iter().rposition(|offset| *offset <= piece.range.start).unwrap();
         at.push((file, piece.range.start - offsets[file] >= HEAD_BYTES));
         land(&landing, &blob, &piece.range);
@@ -197,10 +197,13 @@ fn what_was_asked_for_goes_first_once_and_reading_on_is_foreseen() {
     let mut waits = [Box::pin(landing.wait(&wanted)), Box::pin(landing.wait(&wanted))];
     assert!(waits.iter_mut().all(|wait| wait.as_mut().now_or_never().is_none()));
     let piece = landing.next(false).unwrap();
-    assert_eq!(piece, Piece { range: 15_000_000..15_000_000 + PIECE_BYTES, asked: true, round: 0 });
+    assert_eq!(
+        piece,
+        Piece { range: 15_000_000..15_000_000 + PIECE_BYTES, want: Want::Asked, round: 0 }
+    );
     assert_eq!(landing.next(true), None, "who asks for the same waits for the same");
     let next = landing.next(false).unwrap();
-    assert_eq!(next, Piece { range: piece.range.end..20_000_000, asked: false, round: 0 });
+    assert_eq!(next, Piece { range: piece.range.end..20_000_000, want: Want::Follows, round: 0 });
     assert_eq!(landing.has(&wanted), Ok(false));
     land(&landing, &content, &piece.range);
     assert!(waits.iter_mut().all(|wait| wait.as_mut().now_or_never() == Some(Ok(()))));

@@ -30,7 +30,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::PullError;
 use super::layers::LayerState;
 use super::pace::Pace;
-use crate::layer::{Chunk, Piece};
+use crate::layer::{Chunk, Piece, Want};
 use crate::manifest::Blob;
 use crate::source::{BlobBody, Source, SourceError};
 
@@ -59,8 +59,8 @@ pub(super) struct Fetcher {
     came: Arc<AtomicU64>,
     /// Pieces that somebody waits for, which need no credit of the window.
     asked: Arc<Semaphore>,
-    /// How many of them are under way.
-    asked_now: Arc<watch::Sender<usize>>,
+    /// How many of them are under way, and of those that follow them in a file.
+    read_now: Arc<watch::Sender<usize>>,
 }
 
 /// Pieces of 4 MiB under way at once because somebody waits for them, over all pulls.
@@ -69,12 +69,12 @@ const ASKED_PIECES: usize = 8;
 /// How long other pieces stand back for those at most: theirs may come from a place that stalls.
 const STAND_BACK: Duration = Duration::from_secs(1);
 
-/// Counts a piece that somebody waits for, while it is under way.
-struct AskedNow(Arc<watch::Sender<usize>>);
+/// Counts a piece that is being read, or soon will be, while it is under way.
+struct ReadNow(Arc<watch::Sender<usize>>);
 
-impl Drop for AskedNow {
+impl Drop for ReadNow {
     fn drop(&mut self) {
-        self.0.send_modify(|asked| *asked -= 1);
+        self.0.send_modify(|pieces| *pieces -= 1);
     }
 }
 
@@ -90,7 +90,7 @@ impl Fetcher {
             pace: Arc::new(Pace::new()),
             came: Arc::default(),
             asked: Arc::new(Semaphore::new(ASKED_PIECES)),
-            asked_now: Arc::new(watch::Sender::new(0)),
+            read_now: Arc::new(watch::Sender::new(0)),
         }
     }
 
@@ -117,18 +117,22 @@ impl Fetcher {
     where
         F: Future<Output = Result<(), PullError>>,
     {
-        let Piece { range, asked, .. } = piece;
-        let (credit, _counted) = if asked {
-            self.asked_now.send_modify(|asked| *asked += 1);
-            let counted = AskedNow(Arc::clone(&self.asked_now));
-            (acquire(&self.asked, 1).await?, Some(counted))
-        } else {
-            let mut asked_now = self.asked_now.subscribe();
-            let quiet = asked_now.wait_for(|asked| *asked == 0);
+        let Piece { range, want, .. } = piece;
+        let _counted = if want == Want::InOrder {
+            let mut read_now = self.read_now.subscribe();
+            let quiet = read_now.wait_for(|pieces| *pieces == 0);
             // Either way it is this piece's turn then.
             let _ = tokio::time::timeout(STAND_BACK, quiet).await;
+            None
+        } else {
+            self.read_now.send_modify(|pieces| *pieces += 1);
+            Some(ReadNow(Arc::clone(&self.read_now)))
+        };
+        let credit = if want == Want::Asked {
+            acquire(&self.asked, 1).await?
+        } else {
             self.pace.turn(&state.urgency).await;
-            (self.credit(memory).await?, None)
+            self.credit(memory).await?
         };
         let mut at = range.start;
         let reader = self.reader(Arc::clone(source), blob, range, state.clone());

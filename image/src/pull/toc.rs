@@ -119,6 +119,37 @@ pub(super) fn parse(footer: &Footer, packed: &[u8]) -> Result<Vec<TocFile>, Stri
     Ok(read::<Files>(footer, packed)?.0.files)
 }
 
+/// For fuzzing: `json` as the table of a blob of zstd:chunked, then as the end of blobs, with a footer if
+/// it has one.
+///
+/// # Panics
+///
+/// When something is accepted that does not lie in the blob.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn read_table(json: &[u8]) {
+    const BEFORE: u64 = 1 << 20;
+    let Ok(packed) = zstd::bulk::compress(json, 1) else { return };
+    let toc = BEFORE..BEFORE + packed.len() as u64;
+    let footer = Footer { compression: Compression::Zstd, toc, end: BEFORE - FRAME_HEADER_BYTES };
+    let _ = parse(&footer, &packed);
+    if let Ok(contents) = contents(&footer, &packed, None) {
+        assert_eq!(contents.table, Digest::of(&packed));
+        let mut at = 0;
+        for run in contents.members.iter().filter_map(|member| member.packed()) {
+            assert!(at < run.start && run.start < run.end && run.end < footer.end, "{run:?}");
+            at = run.end;
+        }
+    }
+    let size = json.len() as u64;
+    for compression in [Compression::Zstd, Compression::Gzip] {
+        if let Some(footer) = self::footer(json, size, compression) {
+            assert!(footer.toc.end <= size && footer.end <= size, "{footer:?}");
+            let packed = &json[footer.toc.start as usize..footer.toc.end as usize];
+            let _ = (parse(&footer, packed), self::contents(&footer, packed, None));
+        }
+    }
+}
+
 /// Folds a table's entries; also what annotations call its digest: of zstd:chunked over what
 /// travels, of eStargz over the JSON.
 fn read<F: Fold>(footer: &Footer, packed: &[u8]) -> Result<(F, Digest), String> {

@@ -99,7 +99,7 @@ impl Inner {
     ) -> Result<(), PullError> {
         let Origin { source, layer, state } = from;
         let (digest, compression) = (layer.blob.digest, layer.compression);
-        let Piece { mut range, asked, round } = piece;
+        let Piece { mut range, want, round } = piece;
         let mut again = false;
         loop {
             let (unpack, packed) = arrival.landing.unpack(&range, compression);
@@ -123,7 +123,7 @@ impl Inner {
                     landed.await?.map_err(wrong)
                 }
             };
-            let packed = Piece { range: packed, asked, round };
+            let packed = Piece { range: packed, want, round };
             match self.fetcher.piece(source, layer.blob, packed, memory, state, land).await {
                 Err(PullError::Mismatch(why)) if !again => {
                     again = true;

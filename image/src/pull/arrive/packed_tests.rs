@@ -6,7 +6,9 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::layer::{Chunk, End, Landed, Landing, LayerError, Listing, Plan, Resumed, Verifier};
+use crate::layer::{
+    Chunk, End, Landed, Landing, LayerError, Listing, Plan, Resumed, Verifier, Want,
+};
 use crate::manifest::Compression;
 use crate::pull::toc;
 use crate::store::{LayerRecord, Store};
@@ -150,7 +152,7 @@ proptest! {
             let mut wait = Box::pin(landing.wait(&range));
             let here = wait.as_mut().now_or_never();
             while let Some(piece) = landing.next(true) {
-                prop_assert!(here.is_none() && piece.asked);
+                prop_assert!(here.is_none() && piece.want == Want::Asked);
                 land(&landing, (layer, &blob), &piece.range).unwrap();
             }
             prop_assert_eq!(here.or_else(|| wait.as_mut().now_or_never()), Some(Ok(())));
@@ -251,7 +253,10 @@ fn heads_come_first_and_a_reader_before_them() {
         assert!(wait.as_mut().now_or_never().is_none());
         let piece = landing.next(false).unwrap();
         assert_eq!(piece.range.start, begins[1] + 3_300_000, "{kind:?}: a whole chunk");
-        assert!(piece.asked && piece.range.end <= begins[1] + 6_000_000, "{kind:?}: {piece:?}");
+        assert!(
+            piece.want == Want::Asked && piece.range.end <= begins[1] + 6_000_000,
+            "{kind:?}: {piece:?}"
+        );
         land(&landing, (layer, &blob), &piece.range).unwrap();
         assert_eq!(wait.as_mut().now_or_never(), Some(Ok(())), "{kind:?}");
         let mut order = Vec::new();
