@@ -337,7 +337,13 @@ impl Landing {
 
     fn ask(&self, range: &Range<u64>) {
         let mut state = self.lock();
-        if state.taken.covers(range) || state.asked.contains(range) {
+        if state.taken.covers(range) {
+            // It is under way; what comes behind it is wanted soon.
+            let end = self.spool.place(range.start).map_or(range.end, |file| file.range.end);
+            state.follow = range.end.min(end)..end;
+            return;
+        }
+        if state.asked.contains(range) {
             return;
         }
         state.asked.push_back(range.clone());
