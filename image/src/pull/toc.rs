@@ -135,7 +135,7 @@ pub(crate) fn read_table(json: &[u8]) {
     if let Ok(contents) = contents(&footer, &packed, None) {
         assert_eq!(contents.table, Digest::of(&packed));
         let mut at = 0;
-        for run in contents.members.iter().filter_map(|member| member.packed()) {
+        for run in contents.members.iter().filter_map(crate::layer::Promised::packed) {
             assert!(at < run.start && run.start < run.end && run.end < footer.end, "{run:?}");
             at = run.end;
         }
