@@ -4,7 +4,6 @@
 //! The agent's mounts are seen through `/proc/<pid>/root`, so nothing of them shows on the
 //! machine that runs the test, and all of them go with the namespace.
 
-use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
@@ -19,6 +18,10 @@ use carport_proto::pluginregistration::v1 as registration;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::transport::Channel;
+
+mod request;
+
+pub use request::publish_request;
 
 /// How long anything on this machine may take at most; only failures wait so long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -669,33 +672,5 @@ impl Drop for Node {
         // The namespace, and every mount in it, goes with its last process.
         let _ = self.namespace.kill();
         let _ = self.namespace.wait();
-    }
-}
-
-/// The request that the kubelet sends for an inline volume with these attributes.
-pub fn publish_request(pod: &Pod, attributes: &[(&str, &str)]) -> csi::NodePublishVolumeRequest {
-    use csi::volume_capability::{AccessMode, AccessType, MountVolume, access_mode};
-    let pod_info = [
-        ("csi.storage.k8s.io/ephemeral", "true"),
-        ("csi.storage.k8s.io/pod.name", pod.volume_id.as_str()),
-        ("csi.storage.k8s.io/pod.namespace", "default"),
-        ("csi.storage.k8s.io/pod.uid", pod.volume_id.as_str()),
-        ("csi.storage.k8s.io/serviceAccount.name", "default"),
-    ];
-    let volume_context: HashMap<_, _> = attributes
-        .iter()
-        .chain(&pod_info)
-        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-        .collect();
-    csi::NodePublishVolumeRequest {
-        volume_id: pod.volume_id.clone(),
-        target_path: pod.target.display().to_string(),
-        volume_capability: Some(csi::VolumeCapability {
-            access_mode: Some(AccessMode { mode: access_mode::Mode::SingleNodeWriter.into() }),
-            access_type: Some(AccessType::Mount(MountVolume::default())),
-        }),
-        readonly: false,
-        volume_context,
-        ..Default::default()
     }
 }
