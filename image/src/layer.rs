@@ -1,8 +1,8 @@
 //! A layer's way from the wire into the store, in one pass.
 //!
 //! ```text
-//!              this thread                     a thread of its own
-//! chunks ─► SHA-256 (digest) ─► decompress ─► SHA-256 (diff_id) ─► tar ─► BLAKE3, disk
+//!              this thread          one, if need be               a thread of its own
+//! chunks ─► SHA-256 (digest) ─────► decompress ─────► SHA-256 (diff_id) ─► tar ─► BLAKE3, disk
 //! ```
 //!
 //! A raw layer is one file and goes past the tar reader; its record has one entry without a path,
@@ -15,18 +15,16 @@
 //! bytes are seen then. What only the diff_id proves is kept under both names
 //! ([`Layer::record_name_as`]).
 //!
-//! Chunks of the blob come in, in order; files land in the layer's [`Ingest`]
-//! folder, and are named only after both digests match. Two threads, because
-//! hashing the blob and unpacking it cost about the same.
+//! Chunks of the blob come in, in order; files land in the layer's [`Ingest`] folder, and are named only
+//! after both digests match. Hashing a blob and unpacking it cost about the same, and to decompress gzip
+//! costs as much as all else together: so each has a thread.
 //!
 //! # Going on after a stop
 //!
-//! Of an uncompressed layer a checkpoint is saved every [`CHECKPOINT_BYTES`] or so:
-//! hash state, tar state, and what is on the disk. [`Resumed`] picks it up. The
-//! unpacking thread chooses the places ([`Marks`]): there, nothing waits in its
-//! buffer, so that no byte is written twice.
-//! A decoder's state cannot be saved, so a compressed layer goes on at the border of a zstd frame or gzip
-//! member ([`inflate`]): what many programs write in one piece starts again.
+//! A checkpoint is saved every [`CHECKPOINT_BYTES`] or so: hash states, tar state, and what is on the
+//! disk. [`Resumed`] picks it up. Of a compressed layer it is behind a zstd frame or gzip member
+//! ([`inflate`]), or between two blocks of a member, with the decoder's state ([`gzip`]). That of a zstd
+//! decoder cannot be had: what was compressed into one frame starts again.
 //!
 //! A layer that somebody reads while it arrives goes another way ([`landing`]), since its bytes
 //! come out of order.
@@ -45,9 +43,11 @@ use crate::manifest::{Compression, Layer};
 use crate::store::{Ingest, LayerRecord, StoreError};
 
 mod back;
+mod decode;
 mod file;
 mod frames;
 mod front;
+mod gzip;
 mod inflate;
 mod landing;
 mod listing;
@@ -60,9 +60,12 @@ pub(crate) mod tar;
 mod unpack;
 
 use back::Unpacking;
+use decode::Decoding;
 pub(crate) use file::{Buffer, FileReader};
 pub(crate) use frames::{Contents, Frame, MAX_FRAME_BYTES, Promised};
-use front::{Front, Marks, Step};
+use front::Front;
+use gzip::Midway;
+use inflate::Inflater;
 pub(crate) use landing::{End, Landed, Landing, Piece, Unlanded, Verifier, Want};
 pub(crate) use listing::{JUMP_BYTES, Lister, Listing};
 pub(crate) use packed::PackedLister;
@@ -77,7 +80,7 @@ use unpack::{Progress, Unpacker};
 /// costs a flush of the disk's cache, so much smaller would be felt.
 const CHECKPOINT_BYTES: u64 = 32 * 1024 * 1024;
 
-/// Chunks between the two threads: enough to even out their pace, few enough to count for nothing.
+/// Chunks behind the first thread: enough to even out their pace, few enough to count for nothing.
 const QUEUE: usize = 8;
 
 /// Why a layer did not come in.
@@ -134,6 +137,8 @@ struct Place {
     unpacked_hash: Option<Sha256>,
     /// Whether all of them went through `blob_hash`.
     sees_blob: bool,
+    /// Of the decoder, where it is in the middle of something.
+    midway: Option<Midway>,
     unpacker: Unpacker,
 }
 
@@ -164,6 +169,8 @@ struct Checkpoint<P> {
     /// False where local files stood in for a part of them.
     #[serde(default = "yes")]
     sees_blob: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    midway: Option<Midway>,
     progress: P,
 }
 
@@ -201,6 +208,7 @@ impl Resumed {
             blob_hash: Sha256::new(),
             unpacked_hash: (layer.compression != Compression::None).then(Sha256::new),
             sees_blob: true,
+            midway: None,
             unpacker: Unpacker::new(&layer),
         };
         let plan = Plan::plain(0..layer.blob.size);
@@ -229,32 +237,45 @@ impl Resumed {
     /// whole, verifies and commits it.
     ///
     /// Blocks. When `next` ends early, what came is kept for the next pull.
-    pub(crate) fn unpack<C: Clone + Send>(
+    pub(crate) fn unpack<C: Send>(
         self,
         mut next: impl FnMut() -> Option<Chunk<C>>,
     ) -> Result<Done, LayerError> {
         let Self { ingest, layer, diff_id, at, plan } = self;
-        let Place { offset, mut blob_hash, unpacked_hash, sees_blob, unpacker } = at;
+        let Place { offset, mut blob_hash, unpacked_hash, sees_blob, midway, unpacker } = at;
         // Else the diff_id is the proof.
         let sees_blob =
             sees_blob && (layer.compression == Compression::None || plan.locals().next().is_none());
-        let (sender, receiver) = mpsc::sync_channel::<Step<C>>(QUEUE);
-        let marks = Marks::default();
+        let inflater = match (layer.compression, &midway) {
+            (Compression::None, _) => None,
+            (_, Some(midway)) => Some(Inflater::take_up(midway)),
+            (compression, None) => Some(Inflater::new(compression)),
+        };
+        let inflater = inflater.transpose().map_err(LayerError::Refused)?;
+        let (sender, packed) = mpsc::sync_channel(QUEUE);
         let outcome = std::thread::scope(|scope| {
-            let (ingest, marks) = (&ingest, &marks);
             let told = Arc::clone(&plan.told);
-            let unpacking = scope.spawn(move || {
-                let (content, blob) = ((unpacker, unpacked_hash), (offset, sees_blob));
-                let unpacking = Unpacking::new(ingest, layer.compression, content, blob, told)?;
-                unpacking.run(&receiver, marks)
-            });
-            let mut front = Front { hash: &mut blob_hash, offset, layer, sender, marks };
+            let (ingest, hash) = (&ingest, unpacked_hash);
+            let unpacking = Unpacking { ingest, sees_blob, told, unpacker, hash, again: 0 };
+            let (decoding, unpacking) = match inflater {
+                None => (None, scope.spawn(move || unpacking.run(&packed))),
+                Some(inflater) => {
+                    let (sender, unpacked) = mpsc::channel();
+                    let decoding = Decoding::new(inflater, offset, sender);
+                    (
+                        Some(scope.spawn(move || decoding.run(&packed))),
+                        scope.spawn(move || unpacking.run(&unpacked)),
+                    )
+                }
+            };
+            let mut front = Front { hash: &mut blob_hash, offset, layer, sender, marked: offset };
             let fed = front.feed(plan, ingest, &mut next);
             let hashed = fed.and_then(|()| front.verify(sees_blob));
             drop(front);
-            let unpacked = unpacking.join().unwrap_or_else(|_| {
-                Err(LayerError::Refused("the unpacking thread died".to_owned()))
-            });
+            let decoded = decoding.map_or(Ok(()), |decoding| decoding.join());
+            let died = |_| Err(LayerError::Refused("the unpacking thread died".to_owned()));
+            let unpacked = unpacking.join().unwrap_or_else(died);
+            let unpacked = decoded.map_or_else(died, |()| unpacked);
             // Of two errors the deeper one tells why: when unpacking ends, hashing only finds a
             // closed queue. But bytes that do not match explain whatever unpacking made of them.
             match (hashed, unpacked) {
@@ -315,18 +336,22 @@ impl Place {
         layer: &Layer,
         checkpoint: Checkpoint<Progress>,
     ) -> io::Result<Self> {
-        let Checkpoint { offset, sha256, unpacked_sha256, sees_blob, progress } = checkpoint;
+        let Checkpoint { offset, sha256, unpacked_sha256, sees_blob, midway, progress } =
+            checkpoint;
         let unpacker = Unpacker::resume(progress, layer, ingest)?;
         let unpacked_hash = unpacked_sha256.as_deref().map(hash_state).transpose()?;
         let sound = match layer.compression {
-            Compression::None => unpacked_hash.is_none() && unpacker.offset() == offset,
-            Compression::Gzip | Compression::Zstd => unpacked_hash.is_some(),
+            Compression::None => {
+                unpacked_hash.is_none() && midway.is_none() && unpacker.offset() == offset
+            }
+            Compression::Gzip => unpacked_hash.is_some(),
+            Compression::Zstd => unpacked_hash.is_some() && midway.is_none(),
         };
         if !sound {
             return Err(io::Error::other("the checkpoint is of something else"));
         }
         let blob_hash = hash_state(&sha256)?;
-        Ok(Self { offset, blob_hash, unpacked_hash, sees_blob, unpacker })
+        Ok(Self { offset, blob_hash, unpacked_hash, sees_blob, midway, unpacker })
     }
 }
 

@@ -18,7 +18,7 @@ use crate::digest::ObjectId;
 use crate::store::{EPOCH, object_mode};
 
 /// Bytes gathered before a write. Larger gains nothing; smaller costs requests to the disk.
-pub(super) const BUFFER_BYTES: usize = 4 * 1024 * 1024;
+const BUFFER_BYTES: usize = 4 * 1024 * 1024;
 
 /// The strictest alignment that file systems ask of `O_DIRECT`.
 const ALIGNMENT: usize = 4096;
@@ -57,8 +57,16 @@ impl Buffer {
         &mut self.memory[self.start..self.start + BUFFER_BYTES]
     }
 
-    pub(super) fn room(&self) -> usize {
+    fn room(&self) -> usize {
         BUFFER_BYTES - self.filled
+    }
+
+    /// Keeps only what is behind the last whole block; returns the length of the rest.
+    fn drop_blocks(&mut self) -> usize {
+        let whole = self.filled - self.filled % ALIGNMENT;
+        self.memory.copy_within(self.start + whole..self.start + self.filled, self.start);
+        self.filled -= whole;
+        whole
     }
 
     fn push(&mut self, bytes: &[u8]) {
@@ -145,9 +153,10 @@ impl FileWriter {
 
     /// Puts all bytes taken so far on the disk and returns their number.
     pub(crate) fn sync(&mut self, buffer: &mut Buffer) -> io::Result<u64> {
-        // The tail stays in the buffer, too: the full buffer is written over it later.
         self.flush(buffer)?;
         self.file.sync_data()?;
+        // The last bytes stay in the buffer, too: what follows begins with a whole block again.
+        self.written += buffer.drop_blocks() as u64;
         Ok(self.written + buffer.filled as u64)
     }
 
@@ -305,6 +314,7 @@ mod tests {
         for chunk in content.chunks(777_777) {
             writer.write(chunk, &mut buffer).unwrap();
             writer.sync(&mut buffer).unwrap();
+            assert!(buffer.filled < ALIGNMENT, "no more than a block is written twice");
         }
         writer.finish(&mut buffer, true).unwrap();
         assert!(std::fs::read(&path).unwrap() == content);

@@ -1,12 +1,12 @@
 //! The first thread's part: the blob is put together, hashed, and handed on.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 
 use bytes::Bytes;
 use sha2::digest::common::hazmat::SerializableState as _;
 use sha2::{Digest as _, Sha256};
 
+use super::gzip::Midway;
 use super::plan::{Local, Plan, Segment, Told};
 use super::{CHECKPOINT_BYTES, Chunk, FileReader, LayerError};
 use crate::digest::{Digest, ObjectId};
@@ -16,37 +16,49 @@ use crate::store::{Ingest, StoreError};
 /// Bytes that are fetched on, after a layer turned out unreadable, to learn whether it was altered.
 const VERDICT_BYTES: u64 = 64 * 1024 * 1024;
 
-/// What goes from the hashing thread to the unpacking thread.
-pub(super) enum Step<C> {
-    /// Bytes of the blob.
-    Bytes {
-        bytes: Bytes,
-        /// Where in the blob they begin.
-        at: u64,
-        /// State of the hash over all before them, of a compressed blob.
-        before: Option<Sha256>,
-        /// Held for them.
-        _credit: Option<C>,
-    },
+/// What goes from thread to thread, `B` being how bytes are held.
+pub(super) enum Step<B> {
+    Bytes(B),
     /// A stored object in place of the next bytes.
     Local(Local),
-    /// Everything before this is hashed to this state: a place to go on from.
-    Mark(String),
+    /// Where all before this is done, the layer can go on from here.
+    Mark(Mark),
     /// The blob is complete and is what its digest names.
     Verified,
+    /// There will be no more.
+    Failed(LayerError),
 }
 
-/// Where in the blob the unpacking thread wants the next [`Step::Mark`]; 0 for nowhere.
-#[derive(Default)]
-pub(super) struct Marks(AtomicU64);
+/// Bytes of the blob.
+pub(super) struct Packed<C> {
+    pub(super) bytes: Bytes,
+    /// Where in the blob they begin.
+    pub(super) at: u64,
+    /// State of the hash over all before them, of a compressed blob.
+    pub(super) before: Option<Sha256>,
+    /// Held for them.
+    _credit: Option<C>,
+}
 
-impl Marks {
-    pub(super) fn wanted(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+impl<C> AsRef<[u8]> for Packed<C> {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
     }
+}
 
-    pub(super) fn want(&self, offset: u64) {
-        self.0.store(offset, Ordering::Relaxed);
+/// A place to go on from.
+pub(super) struct Mark {
+    /// In the blob.
+    pub(super) offset: u64,
+    /// The state of the hash over all before it, in hex.
+    pub(super) sha256: String,
+    /// Of the decoder, where it is in the middle of something.
+    pub(super) midway: Option<Midway>,
+}
+
+impl Mark {
+    pub(super) fn new(offset: u64, hash: &Sha256, midway: Option<Midway>) -> Self {
+        Self { offset, sha256: hex::encode(hash.serialize()), midway }
     }
 }
 
@@ -56,12 +68,14 @@ pub(super) struct Front<'a, C> {
     pub(super) hash: &'a mut Sha256,
     pub(super) offset: u64,
     pub(super) layer: Layer,
-    pub(super) sender: mpsc::SyncSender<Step<C>>,
-    pub(super) marks: &'a Marks,
+    pub(super) sender: mpsc::SyncSender<Step<Packed<C>>>,
+    /// The last place to go on from.
+    pub(super) marked: u64,
 }
 
-impl<C: Clone> Front<'_, C> {
-    /// Only of an uncompressed layer can a place to go on from be anywhere.
+impl<C> Front<'_, C> {
+    /// Only of an uncompressed layer can a place to go on from be anywhere; of others the next thread
+    /// finds them.
     fn anywhere(&self) -> bool {
         self.layer.compression == Compression::None
     }
@@ -124,30 +138,25 @@ impl<C: Clone> Front<'_, C> {
         Ok(())
     }
 
-    fn bytes(&mut self, mut bytes: Bytes, credit: Option<C>) -> Result<(), LayerError> {
-        let mark = self.marks.wanted();
-        if self.anywhere() && self.offset < mark && mark < self.offset + bytes.len() as u64 {
-            let before = bytes.split_to((mark - self.offset) as usize);
-            self.pass(before, credit.clone())?;
-            self.mark()?;
-        }
-        self.pass(bytes, credit)
-    }
-
-    fn pass(&mut self, bytes: Bytes, credit: Option<C>) -> Result<(), LayerError> {
+    fn bytes(&mut self, bytes: Bytes, credit: Option<C>) -> Result<(), LayerError> {
         let (at, before) = (self.offset, (!self.anywhere()).then(|| self.hash.clone()));
         self.hash.update(&bytes);
         self.offset += bytes.len() as u64;
-        self.send(Step::Bytes { bytes, at, before, _credit: credit })
+        self.send(Step::Bytes(Packed { bytes, at, before, _credit: credit }))?;
+        match self.anywhere() && self.offset - self.marked >= CHECKPOINT_BYTES {
+            true => self.mark(),
+            false => Ok(()),
+        }
     }
 
     fn mark(&mut self) -> Result<(), LayerError> {
-        self.send(Step::Mark(hex::encode(self.hash.serialize())))
+        self.marked = self.offset;
+        self.send(Step::Mark(Mark::new(self.offset, self.hash, None)))
     }
 
     /// The other thread is gone only with an error of its own. When that was about the bytes, the
     /// digest tells whether they were altered on their way; worth the rest of the blob if that is short.
-    fn send(&self, step: Step<C>) -> Result<(), LayerError> {
+    fn send(&self, step: Step<Packed<C>>) -> Result<(), LayerError> {
         match self.sender.send(step) {
             Err(_) if self.layer.blob.size - self.offset > VERDICT_BYTES => {
                 Err(LayerError::Stopped(0))

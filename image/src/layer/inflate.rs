@@ -6,32 +6,33 @@
 //!              ▲ a border: nothing before it is needed to read what comes after
 //! ```
 //!
+//! Within a gzip member it goes on from between two blocks, too, with what [`gzip`](super::gzip) keeps
+//! of what came before.
+//!
 //! Bytes go in as they come; what they unpack to goes to a sink. [`Inflater::feed`] stops behind each
 //! border, so that who feeds it can note the place.
 
 use std::io;
 
-use flate2::{Decompress, FlushDecompress, Status};
 use zstd::stream::raw::{Decoder, InBuffer, Operation as _, OutBuffer};
 
+use super::gzip::{Gunzip, Midway, Stepped};
 use crate::manifest::Compression;
 
 /// Bytes that are handed on at once: much of a tar's header blocks and small files in one call.
-const OUT_BYTES: usize = 256 * 1024;
-
-/// The largest window of a gzip member, as a power of two.
-const GZIP_WINDOW_BITS: u8 = 15;
+pub(super) const OUT_BYTES: usize = 256 * 1024;
 
 /// A decoder, and whether it stands at a border.
 pub(super) struct Inflater {
     codec: Codec,
-    out: Box<[u8]>,
     at_border: bool,
+    /// Where [`Inflater::feed`] has it write to.
+    out: Vec<u8>,
 }
 
 enum Codec {
     None,
-    Gzip(Decompress),
+    Gzip(Gunzip),
     Zstd(Decoder<'static>),
 }
 
@@ -52,23 +53,28 @@ pub(super) struct Fed {
     pub(super) border: bool,
 }
 
-struct Step {
-    read: usize,
-    written: usize,
-    ended: bool,
+/// How far a call of [`Inflater::step`] came.
+pub(super) struct Step {
+    pub(super) read: usize,
+    pub(super) written: usize,
+    /// Behind what was read is a border.
+    pub(super) border: bool,
 }
 
 impl Inflater {
     pub(super) fn new(compression: Compression) -> Result<Self, String> {
-        let (codec, out_bytes) = match compression {
-            Compression::None => (Codec::None, 0),
-            Compression::Gzip => (Codec::Gzip(member()), OUT_BYTES),
-            Compression::Zstd => {
-                let decoder = Decoder::new().map_err(|e| format!("zstd: {e}"))?;
-                (Codec::Zstd(decoder), OUT_BYTES)
-            }
+        let codec = match compression {
+            Compression::None => Codec::None,
+            Compression::Gzip => Codec::Gzip(Gunzip::new()?),
+            Compression::Zstd => Codec::Zstd(Decoder::new().map_err(|e| format!("zstd: {e}"))?),
         };
-        Ok(Self { codec, out: vec![0; out_bytes].into(), at_border: true })
+        Ok(Self { codec, at_border: true, out: Vec::new() })
+    }
+
+    /// Goes on in the middle of a gzip member.
+    pub(super) fn take_up(midway: &Midway) -> Result<Self, String> {
+        let codec = Codec::Gzip(Gunzip::take_up(midway)?);
+        Ok(Self { codec, at_border: false, out: Vec::new() })
     }
 
     /// Unpacks `input` into `sink`, up to its end or the first border.
@@ -81,26 +87,69 @@ impl Inflater {
             sink(input).map_err(Broken::Sink)?;
             return Ok(Fed { bytes: input.len(), border: true });
         }
+        let mut out = std::mem::take(&mut self.out);
+        out.resize(OUT_BYTES, 0);
         let mut bytes = 0;
-        loop {
-            let Step { read, written, ended } =
-                self.codec.step(&input[bytes..], &mut self.out).map_err(Broken::Input)?;
-            bytes += read;
-            if written > 0 {
-                sink(&self.out[..written]).map_err(Broken::Sink)?;
+        let fed = loop {
+            let step = match self.step(&input[bytes..], &mut out, false) {
+                Ok(step) => step,
+                Err(why) => break Err(Broken::Input(why)),
+            };
+            bytes += step.read;
+            if step.written > 0
+                && let Err(e) = sink(&out[..step.written])
+            {
+                break Err(Broken::Sink(e));
             }
-            if ended {
-                self.codec.restart();
-                self.at_border = true;
-                return Ok(Fed { bytes, border: true });
+            // A full buffer may not have been all that there is.
+            if step.border || bytes == input.len() && step.written < out.len() {
+                break Ok(Fed { bytes, border: step.border });
             }
-            self.at_border &= read == 0;
-            if bytes == input.len() && written < self.out.len() {
-                return Ok(Fed { bytes, border: false });
+        };
+        self.out = out;
+        fed
+    }
+
+    /// Unpacks from `input` into `out`, until one of them is used up or a border is reached; with
+    /// `to_block` also where [`Inflater::midway`] may find a place to go on from.
+    pub(super) fn step(
+        &mut self,
+        input: &[u8],
+        out: &mut [u8],
+        to_block: bool,
+    ) -> Result<Step, String> {
+        let Stepped { read, written, ended } = match &mut self.codec {
+            Codec::None => {
+                let length = input.len().min(out.len());
+                out[..length].copy_from_slice(&input[..length]);
+                Stepped { read: length, written: length, ended: true }
             }
-            if read == 0 && written == 0 {
-                return Err(Broken::Input(format!("{}: comes to nothing", self.codec.name())));
+            Codec::Gzip(decoder) => decoder.step(input, out, to_block)?,
+            Codec::Zstd(decoder) => {
+                let (mut input, mut output) = (InBuffer::around(input), OutBuffer::around(out));
+                let hint = decoder
+                    .run(&mut input, &mut output)
+                    .map_err(|e: io::Error| format!("zstd: {e}"))?;
+                Stepped { read: input.pos(), written: output.pos(), ended: hint == 0 }
             }
+        };
+        if read == 0 && written == 0 && !ended && !input.is_empty() && !out.is_empty() {
+            return Err(format!("{}: comes to nothing", self.name()));
+        }
+        // A zstd decoder goes on with the next frame by itself.
+        if let (true, Codec::Gzip(decoder)) = (ended, &mut self.codec) {
+            *decoder = Gunzip::new()?;
+        }
+        self.at_border = ended || self.at_border && read == 0;
+        Ok(Step { read, written, border: ended })
+    }
+
+    /// What is needed to go on from here, which is within a gzip member, where that can be. `input` are the
+    /// bytes that were read last.
+    pub(super) fn midway(&mut self, input: &[u8]) -> Option<Midway> {
+        match &mut self.codec {
+            Codec::Gzip(decoder) if !self.at_border => decoder.midway(input),
+            _ => None,
         }
     }
 
@@ -108,52 +157,15 @@ impl Inflater {
     pub(super) fn finish(&self) -> Result<(), String> {
         match self.at_border {
             true => Ok(()),
-            false => Err(format!("{}: ends in the middle", self.codec.name())),
+            false => Err(format!("{}: ends in the middle", self.name())),
         }
     }
-}
 
-fn member() -> Decompress {
-    Decompress::new_gzip(GZIP_WINDOW_BITS)
-}
-
-impl Codec {
     fn name(&self) -> &'static str {
-        match self {
-            Self::None => "uncompressed",
-            Self::Gzip(_) => "gzip",
-            Self::Zstd(_) => "zstd",
-        }
-    }
-
-    fn step(&mut self, input: &[u8], out: &mut [u8]) -> Result<Step, String> {
-        match self {
-            Self::None => Ok(Step { read: input.len(), written: 0, ended: true }),
-            Self::Gzip(decoder) => {
-                let (before_in, before_out) = (decoder.total_in(), decoder.total_out());
-                let status = decoder
-                    .decompress(input, out, FlushDecompress::None)
-                    .map_err(|e| format!("gzip: {e}"))?;
-                Ok(Step {
-                    read: (decoder.total_in() - before_in) as usize,
-                    written: (decoder.total_out() - before_out) as usize,
-                    ended: status == Status::StreamEnd,
-                })
-            }
-            Self::Zstd(decoder) => {
-                let (mut input, mut output) = (InBuffer::around(input), OutBuffer::around(out));
-                let hint = decoder
-                    .run(&mut input, &mut output)
-                    .map_err(|e: io::Error| format!("zstd: {e}"))?;
-                Ok(Step { read: input.pos(), written: output.pos(), ended: hint == 0 })
-            }
-        }
-    }
-
-    /// Behind a border. A zstd decoder goes on with the next frame by itself.
-    fn restart(&mut self) {
-        if let Self::Gzip(decoder) = self {
-            *decoder = member();
+        match self.codec {
+            Codec::None => "uncompressed",
+            Codec::Gzip(_) => "gzip",
+            Codec::Zstd(_) => "zstd",
         }
     }
 }

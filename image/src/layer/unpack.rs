@@ -5,7 +5,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use super::LayerError;
-use super::file::{BUFFER_BYTES, Buffer, FileWriter};
+use super::file::{Buffer, FileWriter};
 use super::plan::Local;
 use super::tar::{Event, Member, MemberKind, Parser};
 use crate::digest::ObjectId;
@@ -165,23 +165,6 @@ impl Unpacker {
             Reader::Tar(parser) => parser.data_left(),
             Reader::File { size, taken } => size.unwrap_or(0).saturating_sub(*taken),
         }
-    }
-
-    /// Whether no file is being written.
-    pub(super) fn is_settled(&self) -> bool {
-        self.writer.is_none()
-    }
-
-    /// The next place in the layer, at `from` or soon behind it, where the buffer is empty: a file's
-    /// end, or the end of a full buffer. `from` itself where no such place can be foreseen.
-    pub(super) fn settles_at(&self, from: u64) -> u64 {
-        let end = self.offset() + self.data_left();
-        if self.writer.is_none() || from > end {
-            return from;
-        }
-        let full = self.offset() + self.buffer.room() as u64;
-        let more = from.saturating_sub(full).next_multiple_of(BUFFER_BYTES as u64);
-        (full + more).min(end)
     }
 
     pub(super) fn write(&mut self, mut input: &[u8], ingest: &Ingest) -> Result<(), LayerError> {
