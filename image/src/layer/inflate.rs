@@ -9,8 +9,8 @@
 //! Within a gzip member it goes on from between two blocks, too, with what [`gzip`](super::gzip) keeps
 //! of what came before.
 //!
-//! Bytes go in as they come; what they unpack to goes to a sink. [`Inflater::feed`] stops behind each
-//! border, so that who feeds it can note the place.
+//! Bytes go in as they come. [`Inflater::step`] stops behind each border, so that who calls it can note
+//! the place; [`Inflater::feed`] is for those who need not.
 
 use std::io;
 
@@ -45,14 +45,6 @@ pub(super) enum Broken<E> {
     Sink(E),
 }
 
-/// How far a call of [`Inflater::feed`] came.
-pub(super) struct Fed {
-    /// Bytes of the input that are dealt with: all of it, or up to a border.
-    pub(super) bytes: usize,
-    /// Behind them is a border.
-    pub(super) border: bool,
-}
-
 /// How far a call of [`Inflater::step`] came.
 pub(super) struct Step {
     pub(super) read: usize,
@@ -77,33 +69,31 @@ impl Inflater {
         Ok(Self { codec, at_border: false, out: Vec::new() })
     }
 
-    /// Unpacks `input` into `sink`, up to its end or the first border.
+    /// Unpacks all of `input` into `sink`.
     pub(super) fn feed<E>(
         &mut self,
-        input: &[u8],
+        mut input: &[u8],
         mut sink: impl FnMut(&[u8]) -> Result<(), E>,
-    ) -> Result<Fed, Broken<E>> {
+    ) -> Result<(), Broken<E>> {
         if let Codec::None = self.codec {
-            sink(input).map_err(Broken::Sink)?;
-            return Ok(Fed { bytes: input.len(), border: true });
+            return sink(input).map_err(Broken::Sink);
         }
         let mut out = std::mem::take(&mut self.out);
         out.resize(OUT_BYTES, 0);
-        let mut bytes = 0;
         let fed = loop {
-            let step = match self.step(&input[bytes..], &mut out, false) {
+            let step = match self.step(input, &mut out, false) {
                 Ok(step) => step,
                 Err(why) => break Err(Broken::Input(why)),
             };
-            bytes += step.read;
+            input = &input[step.read..];
             if step.written > 0
                 && let Err(e) = sink(&out[..step.written])
             {
                 break Err(Broken::Sink(e));
             }
             // A full buffer may not have been all that there is.
-            if step.border || bytes == input.len() && step.written < out.len() {
-                break Ok(Fed { bytes, border: step.border });
+            if input.is_empty() && step.written < out.len() {
+                break Ok(());
             }
         };
         self.out = out;
@@ -183,21 +173,19 @@ mod tests {
     ) -> Result<(Vec<u8>, Vec<usize>), String> {
         let mut inflater = Inflater::new(compression)?;
         let (mut out, mut borders, mut at) = (Vec::new(), Vec::new(), 0);
+        let mut room = vec![0; 10_007];
         for piece in blob.chunks(piece) {
             let mut left = piece;
-            while !left.is_empty() {
-                let fed = inflater.feed(left, |bytes| {
-                    out.extend_from_slice(bytes);
-                    Ok::<_, std::convert::Infallible>(())
-                });
-                let fed = fed.map_err(|e| match e {
-                    Broken::Input(why) => why,
-                    Broken::Sink(never) => match never {},
-                })?;
-                left = &left[fed.bytes..];
-                at += fed.bytes;
-                if fed.border {
+            loop {
+                let step = inflater.step(left, &mut room, false)?;
+                out.extend_from_slice(&room[..step.written]);
+                left = &left[step.read..];
+                at += step.read;
+                if step.border {
                     borders.push(at);
+                }
+                if left.is_empty() && step.written < room.len() {
+                    break;
                 }
             }
         }

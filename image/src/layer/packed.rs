@@ -122,11 +122,7 @@ impl PackedLister {
         let Some(range) = self.between.front_mut() else { return Ok(()) };
         range.start += bytes.len() as u64;
         let is_read = range.is_empty();
-        let mut done = 0;
-        while done < bytes.len() {
-            let fed = self.inflater.feed(&bytes[done..], |out| self.body.take(out));
-            done += fed?.bytes;
-        }
+        self.inflater.feed(bytes, |out| self.body.take(out))?;
         if is_read {
             self.between.pop_front();
             self.inflater.finish().map_err(LayerError::Refused)?;

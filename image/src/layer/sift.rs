@@ -57,14 +57,11 @@ pub(crate) fn sift<C>(
         && broken.is_none()
         && let Some(chunk) = next()
     {
-        let mut left = &chunk.bytes[..];
-        while !left.is_empty() && broken.is_none() {
-            match inflater.feed(left, |bytes| sink.take(bytes)) {
-                Ok(fed) => left = &left[fed.bytes..],
-                Err(Broken::Input(why)) => broken = Some(why),
-                Err(Broken::Sink((path, e))) => {
-                    return Err(StoreError::io(format!("write {}", path.display()), e).into());
-                }
+        match inflater.feed(&chunk.bytes, |bytes| sink.take(bytes)) {
+            Ok(()) => {}
+            Err(Broken::Input(why)) => broken = Some(why),
+            Err(Broken::Sink((path, e))) => {
+                return Err(StoreError::io(format!("write {}", path.display()), e).into());
             }
         }
     }

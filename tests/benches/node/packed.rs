@@ -103,7 +103,7 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
 }
 
 /// bf16 numbers, drawn from a table of a normal distribution's values.
-fn write_weights(path: &Path, seed: u64) -> anyhow::Result<()> {
+pub(crate) fn write_weights(path: &Path, seed: u64) -> anyhow::Result<()> {
     // A sum of twelve uniform numbers is near enough to normal.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed);
     let mut random = move || {
@@ -130,7 +130,7 @@ fn write_weights(path: &Path, seed: u64) -> anyhow::Result<()> {
 }
 
 /// Makes an image of a layer a list of files, and brings it to the registry.
-fn push(
+pub(crate) fn push(
     folder: &Path,
     registry: &Registry,
     kind: &str,

@@ -12,6 +12,7 @@ use carport_tests::registry::Registry;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::packed::{push, write_weights};
 use crate::pull::{fresh, write_model};
 use crate::report::{Figure, Report};
 
@@ -34,13 +35,48 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
     ensure!(packed.status.success(), "pack: {}", String::from_utf8_lossy(&packed.stderr));
     std::fs::remove_dir_all(&model)?;
 
-    let root = folder.path().join("store");
+    let again = killed(carport, &wire, folder.path(), &reference).await?;
+    report.add(Figure {
+        name: "resume_refetched_bytes",
+        unit: "bytes",
+        values: again,
+        peer: None,
+        setup: "one uncompressed layer of 2 GiB, SIGKILL at five places, bytes on the wire of both \
+                pulls less those of one that goes through",
+    })?;
+
+    write_weights(&folder.path().join("weights"), 1)?;
+    push(folder.path(), &registry, "gzip", &[&["weights".to_owned()]])?;
+    let reference = format!("{}/bench/gzip:v1", wire.host);
+    let again = killed(carport, &wire, folder.path(), &reference).await?;
+    report.add(Figure {
+        name: "resume_gzip_refetched_bytes",
+        unit: "bytes",
+        values: again,
+        peer: None,
+        setup: "one gzip layer of one member, 512 MiB of weights, the same",
+    })
+}
+
+/// What came over the wire in vain, for each place where a pull was killed.
+async fn killed(
+    carport: &Path,
+    wire: &Wire,
+    folder: &Path,
+    reference: &str,
+) -> anyhow::Result<Vec<f64>> {
+    let root = folder.join("store");
     let pull = || {
         let mut command = tokio::process::Command::new(carport);
-        command.args(["pull", "--plain-http", &wire.host, "--root"]).arg(&root).arg(&reference);
+        command.args(["pull", "--plain-http", &wire.host, "--root"]).arg(&root).arg(reference);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         command
     };
+    let before = wire.bytes();
+    let status = pull().status().await?;
+    ensure!(status.success(), "a pull that goes through: {status}");
+    let whole = wire.bytes() - before;
+    fresh(&root)?;
     let mut again = Vec::new();
     for round in 1..=RUNS {
         print!("\rresume: round {round} of {RUNS} ");
@@ -48,25 +84,18 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
         let before = wire.bytes();
         let mut killed = pull().spawn()?;
         // Anywhere in the layer, and not at a border of anything.
-        let until = before + round * (FILE_BYTES as u64 / (RUNS + 1)) + 7_654_321;
+        let until = before + round * (whole / (RUNS + 1)) + 7_654_321;
         while wire.bytes() < until {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         killed.kill().await?;
         let status = pull().status().await?;
         ensure!(status.success(), "the second pull: {status}");
-        again.push((wire.bytes() - before).saturating_sub(FILE_BYTES as u64) as f64);
+        again.push((wire.bytes() - before).saturating_sub(whole) as f64);
         fresh(&root)?;
     }
     println!();
-    report.add(Figure {
-        name: "resume_refetched_bytes",
-        unit: "bytes",
-        values: again,
-        peer: None,
-        setup: "one uncompressed layer of 2 GiB, SIGKILL at five places, bytes on the wire of both \
-                pulls less the layer's",
-    })
+    Ok(again)
 }
 
 /// A TCP proxy that counts what the registry sends.
