@@ -57,13 +57,18 @@ fn own_path() -> Option<PathBuf> {
     Some(Path::new(OsStr::from_bytes(name.to_bytes())).to_owned())
 }
 
+/// Where the scenario is.
+fn path() -> Answer<PathBuf> {
+    match std::env::var_os("FAKE_NVML_SCENARIO") {
+        Some(path) => Ok(PathBuf::from(path)),
+        None => Ok(scenario_beside(&own_path().ok_or(nvmlReturn_enum_NVML_ERROR_UNKNOWN)?)),
+    }
+}
+
 /// Reads the scenario's file. A file that cannot be read or parsed is a broken
 /// test: said on stderr, and every call fails.
 fn load() -> Answer<Arc<Scenario>> {
-    let path = match std::env::var_os("FAKE_NVML_SCENARIO") {
-        Some(path) => PathBuf::from(path),
-        None => scenario_beside(&own_path().ok_or(nvmlReturn_enum_NVML_ERROR_UNKNOWN)?),
-    };
+    let path = path()?;
     let parsed = std::fs::read(&path)
         .map_err(|error| error.to_string())
         .and_then(|json| serde_json::from_slice(&json).map_err(|error| error.to_string()));
@@ -135,6 +140,7 @@ fn of_any<T>(
         None => answer(gpu, None),
         Some(slot) => {
             let enabled = gpu.mig.is_some_and(|mig| mig.current);
+            fail(gpu.errors.get(&format!("part:{function}")))?;
             let part = gpu.mig_devices.get(slot).filter(|_| enabled);
             answer(gpu, Some(part.ok_or(invalid)?))
         }
@@ -177,7 +183,8 @@ unsafe fn put2<T>(a: *mut T, b: *mut T, answer: Answer<(T, T)>) -> nvmlReturn_t 
     }
 }
 
-/// Hands a text out with its NUL, or says that it does not fit.
+/// Hands a text out with its NUL, or says that it does not fit. U+FFFD stands for a byte that is
+/// no UTF-8.
 ///
 /// SAFETY (of calling): `to` is null or valid for `length` bytes.
 unsafe fn put_text(to: *mut c_char, length: c_uint, answer: Answer<String>) -> nvmlReturn_t {
@@ -185,6 +192,8 @@ unsafe fn put_text(to: *mut c_char, length: c_uint, answer: Answer<String>) -> n
         if to.is_null() {
             return Err(nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT);
         }
+        let text: Vec<u8> =
+            text.split('\u{fffd}').map(str::as_bytes).collect::<Vec<_>>().join(&0xff);
         if text.len() >= length as usize {
             return Err(nvmlReturn_enum_NVML_ERROR_INSUFFICIENT_SIZE);
         }
@@ -239,6 +248,7 @@ pub extern "C" fn nvmlShutdown() -> nvmlReturn_t {
             // Nothing drops a static when the library is unloaded.
             state.scenario = None;
             state.control = None;
+            events::forget();
         }
     };
     code(system("nvmlShutdown", false).map(|_| with_state(last)))
@@ -432,7 +442,29 @@ pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
     count: *mut c_uint,
     to: *mut nvmlProcessInfo_t,
 ) -> nvmlReturn_t {
-    let answer = of("nvmlDeviceGetComputeRunningProcesses_v3", device, |gpu| {
+    // SAFETY: NVML's contract, as below.
+    unsafe { processes("nvmlDeviceGetComputeRunningProcesses_v3", device, count, to) }
+}
+
+// As the third, which fills the same struct.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v2(
+    device: nvmlDevice_t,
+    count: *mut c_uint,
+    to: *mut nvmlProcessInfo_v2_t,
+) -> nvmlReturn_t {
+    // SAFETY: NVML's contract, as below.
+    unsafe { processes("nvmlDeviceGetComputeRunningProcesses_v2", device, count, to) }
+}
+
+/// SAFETY (of calling): `count` is null or valid, and `to` holds as many structs as it says.
+unsafe fn processes(
+    function: &str,
+    device: nvmlDevice_t,
+    count: *mut c_uint,
+    to: *mut nvmlProcessInfo_t,
+) -> nvmlReturn_t {
+    let answer = of(function, device, |gpu| {
         let room = if count.is_null() {
             return Err(nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT);
         } else {

@@ -13,6 +13,7 @@ pub mod code {
         nvmlReturn_enum_NVML_ERROR_GPU_IS_LOST as GPU_IS_LOST,
         nvmlReturn_enum_NVML_ERROR_LIB_RM_VERSION_MISMATCH as LIB_RM_VERSION_MISMATCH,
         nvmlReturn_enum_NVML_ERROR_NO_PERMISSION as NO_PERMISSION,
+        nvmlReturn_enum_NVML_ERROR_NOT_FOUND as NOT_FOUND,
         nvmlReturn_enum_NVML_ERROR_NOT_SUPPORTED as NOT_SUPPORTED,
         nvmlReturn_enum_NVML_ERROR_RESET_REQUIRED as RESET_REQUIRED,
         nvmlReturn_enum_NVML_ERROR_UNKNOWN as UNKNOWN,
@@ -44,7 +45,7 @@ pub struct Scenario {
 pub struct Device {
     /// `GPU-` and a UUID.
     pub uuid: String,
-    /// The product.
+    /// The product. U+FFFD in a text stands for a byte that is no UTF-8.
     pub name: String,
     /// The board's serial number.
     pub serial: Option<String>,
@@ -104,7 +105,8 @@ pub struct Device {
     /// Compute processes.
     pub processes: Vec<Process>,
     /// Function name → code, for this GPU only. `*` is every function that takes
-    /// a device; `nvmlDeviceGetHandleByIndex_v2` counts as one.
+    /// a device; `nvmlDeviceGetHandleByIndex_v2` counts as one. With `part:` before the name, for
+    /// its parts only.
     pub errors: BTreeMap<String, u32>,
     /// Function name → milliseconds, for this GPU only.
     pub hang_ms: BTreeMap<String, u64>,

@@ -12,6 +12,35 @@ struct Listener {
     _descriptor: Option<File>,
 }
 
+/// The scenario's file as it was read last, and which file that was. A flood of events asks for
+/// each one, and the file may be long.
+static READ: Mutex<Option<(FileId, Arc<Scenario>)>> = Mutex::new(None);
+
+/// A file replaced by rename has another number.
+type FileId = (u64, i64, i64);
+
+fn read() -> Answer<Arc<Scenario>> {
+    use std::os::unix::fs::MetadataExt as _;
+    let unknown = nvmlReturn_enum_NVML_ERROR_UNKNOWN;
+    let meta = std::fs::metadata(path()?).map_err(|_| unknown)?;
+    let id = (meta.ino(), meta.mtime(), meta.mtime_nsec());
+    let mut read = READ.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((known, scenario)) = &*read
+        && *known == id
+    {
+        return Ok(Arc::clone(scenario));
+    }
+    let scenario = load()?;
+    *read = Some((id, Arc::clone(&scenario)));
+    Ok(scenario)
+}
+
+/// What would stay behind when the library is unloaded.
+pub(super) fn forget() {
+    *READ.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    *LISTENERS.lock().unwrap_or_else(PoisonError::into_inner) = Vec::new();
+}
+
 static LISTENERS: Mutex<Vec<Option<Listener>>> = Mutex::new(Vec::new());
 
 fn listener<T>(
@@ -73,7 +102,7 @@ pub unsafe extern "C" fn nvmlEventSetWait_v2(
     _timeout_ms: c_uint,
 ) -> nvmlReturn_t {
     // A test does not wait: what is not there now is not there.
-    let answer = system("nvmlEventSetWait_v2", false).and_then(|_| load()).and_then(|scenario| {
+    let answer = system("nvmlEventSetWait_v2", false).and_then(|_| read()).and_then(|scenario| {
         listener(set, |listener| {
             let listener = listener.as_mut().ok_or(nvmlReturn_enum_NVML_ERROR_INVALID_ARGUMENT)?;
             for (index, told) in &mut listener.told {

@@ -5,6 +5,10 @@ use super::*;
 value!(nvmlDeviceGetCurrentClocksThrottleReasons, u64, |gpu: &Device| {
     supported(gpu.throttle_reasons)
 });
+// The newer name of the same.
+value!(nvmlDeviceGetCurrentClocksEventReasons, u64, |gpu: &Device| {
+    supported(gpu.throttle_reasons)
+});
 value!(nvmlDeviceGetCurrPcieLinkGeneration, c_uint, |gpu: &Device| {
     supported(gpu.pcie.map(|pcie| pcie[0]))
 });
