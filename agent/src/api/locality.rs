@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 use super::convert::{self, invalid, reason};
 use super::watching::WatchStream;
 use super::{Api, gpu, list, mask};
+use crate::gpu::ProviderState;
 use crate::placement::gpus::Requirement;
 use crate::placement::{Model, Wanted, evaluate, score};
 use crate::run::Phase;
@@ -185,7 +186,9 @@ impl Api {
         }
         let gpu = question.gpu.as_ref().map(|requirement| {
             let inventory = state.gpus.as_of(Instant::now());
-            let found = requirement.find(&inventory.gpus);
+            // Where the driver hangs, what it said last is no ground to send work there.
+            let stale = inventory.provider.state == ProviderState::Stale;
+            let found = requirement.find(if stale { &[] } else { &inventory.gpus });
             if !requirement.is_met(&found) {
                 let message = format!(
                     "{} GPUs are asked for, {} of {} match and are free; {}",

@@ -13,8 +13,9 @@ use crate::config::Config;
 use crate::gpu::{look_once, table, topo};
 use crate::output::print;
 
-/// A healthy driver answers in milliseconds, a sleeping one within seconds.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// A driver that is awake answers in milliseconds; one without persistence mode wakes each GPU
+/// first, which takes a second or two.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) async fn run(output: Output, topo: bool, config: &Config) -> anyhow::Result<()> {
     let inventory = match ask::connect(config).await {

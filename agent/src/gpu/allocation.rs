@@ -12,7 +12,8 @@
 //!
 //! - **No answer frees nothing.** When the kubelet stops answering, its last answer
 //!   stands, and the message says so.
-//! - **A name that matches no GPU is told of**, not dropped.
+//! - **A name that matches no GPU is told of**, not dropped; of many, the first few.
+//! - **A join takes milliseconds**, whatever the kubelet said: it is made for each reader.
 //!
 //! Whether a GPU is free for a pod is decided in [`crate::placement::gpus`].
 
@@ -83,9 +84,22 @@ pub(super) struct Answer {
     pub(super) held: Vec<Held>,
     /// Devices of NVIDIA's plugin that there are to give; empty where it does not serve.
     pub(super) allocatable: Vec<DeviceName>,
-    /// Names of GPUs that could not be read, each once.
-    pub(super) unread: Vec<String>,
+    /// Names of GPUs that could not be read.
+    pub(super) unread: Names,
 }
+
+/// Names for a message: the first few, each once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Names {
+    first: Vec<String>,
+    are_more: bool,
+}
+
+/// As many as a person reads.
+const MAX_NAMES: usize = 8;
+
+/// The longest name that is told in full; a UUID has forty letters.
+const MAX_NAME_LETTERS: usize = 80;
 
 /// A device in a container's hands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,15 +109,15 @@ pub(super) struct Held {
 }
 
 /// A name that means a GPU, or a part of one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct DeviceName {
     gpu: GpuName,
     part: Option<Part>,
-    /// As the kubelet wrote it.
+    /// As the kubelet wrote it, as far as it can be printed.
     text: String,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum GpuName {
     Uuid(String),
     /// NVML's index.
@@ -114,7 +128,7 @@ enum GpuName {
     OfPart,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
     Uuid(String),
     Slot(u32),
@@ -147,8 +161,8 @@ impl Allocations {
         };
         let mut strange = answer.unread.clone();
         for held in &answer.held {
-            if !give(&mut inventory.gpus, held) && !strange.contains(&held.device.text) {
-                strange.push(held.device.text.clone());
+            if !give(&mut inventory.gpus, held) {
+                strange.add(&held.device.text);
             }
         }
         // A plugin that serves none of these GPUs says nothing about them.
@@ -163,7 +177,7 @@ impl Allocations {
         }
         // Without GPUs to compare with, any name is strange.
         if !strange.is_empty() && !inventory.gpus.is_empty() {
-            message.push(format!("allocated, and no GPU seen here: {}", strange.join(", ")));
+            message.push(format!("allocated, and no GPU seen here: {strange}"));
         }
         let message = message.join("; ");
         inventory.allocation = AllocationState { source: AllocationSource::PodResources, message };
@@ -184,10 +198,42 @@ fn give(gpus: &mut [Gpu], held: &Held) -> bool {
             }
         }
     };
-    if !list.contains(&held.allocation) {
+    // What one container holds is told in one go, so that a repetition follows at once.
+    if list.last() != Some(&held.allocation) {
         list.push(held.allocation.clone());
     }
     true
+}
+
+impl Names {
+    pub(super) fn is_empty(&self) -> bool {
+        self.first.is_empty()
+    }
+
+    /// Adds one as the kubelet wrote it.
+    pub(super) fn add(&mut self, name: &str) {
+        let name = printable(name);
+        if self.first.contains(&name) {
+            return;
+        }
+        self.are_more = self.first.len() == MAX_NAMES;
+        if !self.are_more {
+            self.first.push(name);
+        }
+    }
+}
+
+impl fmt::Display for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let others = if self.are_more { " and others" } else { "" };
+        write!(f, "{}{others}", self.first.join(", "))
+    }
+}
+
+/// Fit for a log and a terminal.
+fn printable(text: &str) -> String {
+    let printable = |char: char| if char.is_control() { '\u{fffd}' } else { char };
+    text.chars().take(MAX_NAME_LETTERS).map(printable).collect()
 }
 
 impl DeviceName {
@@ -229,13 +275,13 @@ impl DeviceName {
                 None => (GpuName::Index(name.parse().ok()?), None),
             }
         };
-        Some((Self { gpu, part, text: text.into() }, shared))
+        Some((Self { gpu, part, text: printable(text) }, shared))
     }
 
     /// Reads a name of NVIDIA's DRA driver: `gpu-0`, where 0 is the minor number, or
     /// `gpu-0-mig-19-4-1` (profile and place); the same behind a claim's id in CDI names.
     pub(super) fn of_claim(text: &str) -> Option<Self> {
-        let of = |gpu, part| Some(Self { gpu, part, text: text.into() });
+        let of = |gpu, part| Some(Self { gpu, part, text: printable(text) });
         let name = text.rsplit_once('=').map_or(text, |(_, name)| name);
         if let Some(at) = name.find("GPU-") {
             return of(GpuName::Uuid(name[at..].into()), None);
@@ -249,6 +295,11 @@ impl DeviceName {
             None => (behind, None),
         };
         of(GpuName::Minor(minor.parse().ok()?), part)
+    }
+
+    /// The GPU or part alone, without how it was written.
+    pub(super) fn plain(self) -> Self {
+        Self { text: String::new(), ..self }
     }
 
     fn is(&self, gpu: &Gpu) -> bool {
@@ -407,15 +458,28 @@ mod tests {
     fn a_name_without_a_gpu_and_an_old_answer_are_told_of() {
         let device = DeviceName::of_plugin("GPU-gone").unwrap().0;
         let held = vec![Held { device, allocation: allocation("a") }];
-        let answer = Answer { held, unread: vec!["odd".into()], ..Answer::default() };
+        let mut answer = Answer { held, ..Answer::default() };
+        answer.unread.add("odd\u{1b}[31m");
         let mut inventory = inventory();
         let trouble = "connect to /kubelet.sock: refused".to_owned();
         Allocations { answer: Some(answer), trouble }.join(&mut inventory);
         assert_eq!(
             inventory.allocation.message,
             "allocations are of the kubelet's last answer: connect to /kubelet.sock: refused; \
-             allocated, and no GPU seen here: odd, GPU-gone"
+             allocated, and no GPU seen here: odd\u{fffd}[31m, GPU-gone"
         );
+    }
+
+    #[test]
+    fn of_many_strange_names_the_first_few_are_told() {
+        let held = (0..10_000).map(|n| {
+            let device = DeviceName::of_plugin(&format!("GPU-{n}-{:0200}", 0)).unwrap().0;
+            Held { device, allocation: allocation("a") }
+        });
+        let answer = Answer { held: held.collect(), ..Answer::default() };
+        let message = joined(answer).allocation.message;
+        assert!(message.ends_with(" and others"), "{message}");
+        assert!(message.len() < 1000, "{message}");
     }
 
     #[test]

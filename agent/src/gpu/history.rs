@@ -14,6 +14,9 @@ use super::inventory::{Gpu, HealthState, Telemetry};
 use super::links::GpuLink;
 use super::probe::Sample;
 
+/// GPUs that are gone and still told of: more than were ever in a node.
+const MAX_GONE: usize = 64;
+
 /// The GPUs as they were last reported.
 #[derive(Debug, Default)]
 pub(super) struct History {
@@ -21,6 +24,8 @@ pub(super) struct History {
     gpus: Vec<Gpu>,
     links: Vec<GpuLink>,
     generation: u64,
+    /// Whether the last report had them.
+    reported: bool,
 }
 
 impl History {
@@ -35,17 +40,21 @@ impl History {
         self.keep_last_xid(&mut gpus);
         gpus.extend(self.gone(&gpus));
         let is_as_before = shape(&gpus) == shape(&self.gpus) && sample.links == self.links;
-        if self.generation == 0 || !is_as_before {
+        if !self.reported || !is_as_before {
             self.generation += 1;
         }
+        self.reported = true;
         self.links = sample.links;
         self.session = sample.session;
         self.gpus.clone_from(&gpus);
         (gpus, self.generation)
     }
 
-    /// The generation of the last report.
-    pub(super) fn generation(&self) -> u64 {
+    /// The generation of a report without GPUs, since the library does not answer.
+    pub(super) fn add_none(&mut self) -> u64 {
+        if std::mem::take(&mut self.reported) {
+            self.generation += 1;
+        }
         self.generation
     }
 
@@ -70,7 +79,11 @@ impl History {
 
     fn keep_sick(&self, gpus: &mut [Gpu]) {
         for gpu in gpus {
-            let before = self.gpus.iter().find(|old| old.uuid.is_some() && old.uuid == gpu.uuid);
+            let before = self.gpus.iter().find(|old| match &old.uuid {
+                Some(_) => old.uuid == gpu.uuid,
+                // It could not say its name then.
+                None => old.index == gpu.index,
+            });
             if let Some(old) = before.filter(|old| old.health.is_sick()) {
                 for reason in &old.health.reasons {
                     gpu.health.add(old.health.state, &reason.code, reason.message.clone());
@@ -91,17 +104,18 @@ impl History {
 
     fn gone(&self, gpus: &[Gpu]) -> Vec<Gpu> {
         let gone = self.gpus.iter().filter(|old| old.uuid.is_some() && !is_in(old, gpus));
-        gone.map(|old| {
-            let mut gpu = unmeasured(old);
-            gpu.health.add(
+        gone.take(MAX_GONE)
+            .map(|old| {
+                let mut gpu = unmeasured(old);
+                gpu.health.add(
                 HealthState::Lost,
                 "GPU_GONE",
                 "was here and is no longer enumerated by the driver; look for Xid 79 in the kernel \
                  log, or restart the agent if it was taken out on purpose",
             );
-            gpu
-        })
-        .collect()
+                gpu
+            })
+            .collect()
     }
 }
 
@@ -223,7 +237,7 @@ mod tests {
         assert_eq!(generation(&mut history, vec![busy]), 2);
         let mig = Some(Mig { capable: true, enabled: true, ..Mig::default() });
         assert_eq!(generation(&mut history, vec![Gpu { mig, ..gpu(0, "a") }]), 3);
-        assert_eq!(history.generation(), 3);
+        assert_eq!(history.generation, 3);
     }
 
     #[test]
@@ -258,6 +272,39 @@ mod tests {
             p2p_write: None,
         });
         assert_eq!(history.add(linked).1, 3);
+    }
+
+    #[test]
+    fn a_library_that_stops_answering_and_answers_again_is_two_generations() {
+        let mut history = History::default();
+        assert_eq!(history.add_none(), 0);
+        assert_eq!(history.add(sample(1, vec![gpu(0, "a")])).1, 1);
+        assert_eq!(history.add_none(), 2, "the GPUs went");
+        assert_eq!(history.add_none(), 2);
+        assert_eq!(history.add(sample(2, vec![gpu(0, "a")])).1, 3, "and came");
+    }
+
+    #[test]
+    fn a_gpu_that_never_said_its_name_proves_itself_by_a_new_session_too() {
+        let mut sick = Gpu::unknown(0);
+        sick.health.add(HealthState::Unhealthy, "GPU_NOT_READABLE", "why");
+        let mut history = History::default();
+        history.add(sample(1, vec![sick]));
+        let (gpus, _) = history.add(sample(1, vec![gpu(0, "a")]));
+        assert_eq!(gpus[0].health.state, HealthState::Unhealthy);
+        let (gpus, _) = history.add(sample(2, vec![gpu(0, "a")]));
+        assert_eq!(gpus[0].health, Health::ok());
+    }
+
+    #[test]
+    fn gpus_that_are_gone_are_not_counted_for_ever() {
+        let mut history = History::default();
+        for at in 0..200 {
+            history.add(sample(at, vec![gpu(0, &at.to_string())]));
+        }
+        let (gpus, _) = history.add(sample(200, vec![]));
+        assert_eq!(gpus.len(), MAX_GONE);
+        assert_eq!(gpus[0].uuid.as_deref(), Some("GPU-199"), "the latest are kept");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::inventory::{
     Telemetry,
 };
 use super::links::PcieLink;
-use super::nvml_events::{Events, XidEvent};
+use super::nvml_events::{Events, Heard, XidEvent};
 use super::nvml_links::Links;
 use super::nvml_mig::{self as mig, Profiles};
 use super::nvml_quirks::{self as quirks, OpenNvml};
@@ -35,9 +35,6 @@ const LIBRARY: &str = "libnvidia-ml.so.1";
 
 /// More GPUs than any node has; a count above it is nonsense, not a node.
 pub(super) const MAX_GPUS: u32 = 256;
-
-/// Errors kept from one look to the next.
-const MAX_HEARD: usize = 256;
 
 /// NVML as a [`GpuProbe`].
 #[derive(Debug)]
@@ -54,8 +51,7 @@ pub(super) struct NvmlProbe {
 struct Session {
     nvml: OpenNvml,
     events: Events,
-    /// Errors that were heard since the last look.
-    heard: Vec<(XidEvent, SystemTime)>,
+    heard: Heard,
     links: Links,
     profiles: Profiles,
 }
@@ -65,17 +61,12 @@ impl Session {
         let nvml = OpenNvml::new(nvml);
         let events = Events::listen(&nvml);
         let (links, profiles) = (Links::default(), Profiles::default());
-        Self { nvml, events, heard: Vec::new(), links, profiles }
+        Self { nvml, events, heard: Heard::default(), links, profiles }
     }
 
     /// Hears what the driver has to say; whether that was anything.
     fn listen(&mut self) -> bool {
-        let heard = self.events.heard(&self.nvml);
-        let now = SystemTime::now();
-        self.heard.extend(heard.into_iter().map(|event| (event, now)));
-        // Each look empties it; without looks the oldest are no news.
-        let old = self.heard.len().saturating_sub(MAX_HEARD);
-        self.heard.drain(..old);
+        self.events.hear(&self.nvml, &mut self.heard);
         !self.heard.is_empty()
     }
 }
@@ -171,7 +162,7 @@ impl NvmlProbe {
             .map(|index| self.look_at(&session.nvml, index, &mut session.profiles))
             .collect();
         session.listen();
-        for (event, at) in session.heard.drain(..) {
+        for (event, at) in session.heard.take() {
             self.suffer(&mut gpus, event, at);
         }
         let links = session.links.between(&session.nvml, &gpus);
@@ -284,7 +275,7 @@ fn measure(gpu: &mut Gpu, device: &Device<'_>) {
     }
     gpu.persistence_mode = ask(gpu, || device.is_in_persistent_mode());
     gpu.ecc_enabled = ask(gpu, || device.is_ecc_enabled()).map(|ecc| ecc.currently_enabled);
-    gpu.processes = ask(gpu, || device.running_compute_processes()).map(|processes| {
+    gpu.processes = ask(gpu, || quirks::processes(device)).map(|processes| {
         let process = |process: ProcessInfo| GpuProcess {
             pid: process.pid,
             used_memory_bytes: match process.used_gpu_memory {

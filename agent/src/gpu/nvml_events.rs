@@ -9,12 +9,17 @@
 // A file of calls into C.
 #![allow(unsafe_code)]
 
+use std::time::SystemTime;
+
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::{NvmlError, nvml_sym, nvml_try};
 use nvml_wrapper_sys::bindings as sys;
 
-/// Of a flood of errors the rest is heard at the next look.
-const MAX_EVENTS: usize = 64;
+/// Of a flood of errors the rest is heard a second later: what is asked at once must end.
+const MAX_EVENTS: usize = 10_000;
+
+/// Different errors kept from one look to the next.
+const MAX_HEARD: usize = 256;
 
 /// An error that the driver reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +27,31 @@ pub(super) struct XidEvent {
     /// NVML's index of the GPU. `None`: it could not be told which.
     pub(super) index: Option<u32>,
     pub(super) xid: u64,
+}
+
+/// What was heard since the last look. An error that is reported over and over counts once, as
+/// of when it was heard last: a flood from one GPU hides no other's error, and fills nothing.
+#[derive(Debug, Default)]
+pub(super) struct Heard(Vec<(XidEvent, SystemTime)>);
+
+impl Heard {
+    fn add(&mut self, event: XidEvent, at: SystemTime) {
+        self.0.retain(|(known, _)| *known != event);
+        // Each look empties it; without looks the oldest are no news.
+        if self.0.len() == MAX_HEARD {
+            self.0.remove(0);
+        }
+        self.0.push((event, at));
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// In the order in which they were heard last.
+    pub(super) fn take(&mut self) -> Vec<(XidEvent, SystemTime)> {
+        std::mem::take(&mut self.0)
+    }
 }
 
 /// Listens to all GPUs of one opening of the library.
@@ -62,14 +92,13 @@ impl Events {
         events
     }
 
-    /// What was reported since the last call; never waits.
-    pub(super) fn heard(&self, nvml: &Nvml) -> Vec<XidEvent> {
-        let mut heard = Vec::new();
+    /// Adds to `heard` what was reported since the last call; never waits.
+    pub(super) fn hear(&self, nvml: &Nvml, heard: &mut Heard) {
         if self.watched.is_empty() {
-            return heard;
+            return;
         }
-        let Some(set) = self.set else { return heard };
-        while heard.len() < MAX_EVENTS {
+        let Some(set) = self.set else { return };
+        for _ in 0..MAX_EVENTS {
             // A time-out says that there is nothing; other errors, that there will be nothing.
             let Ok(data) = next(nvml, set) else { break };
             if data.eventType & u64::from(sys::nvmlEventTypeXidCriticalError) == 0 {
@@ -77,9 +106,9 @@ impl Events {
             }
             let address = data.device.addr();
             let known = self.watched.iter().find(|(handle, _)| *handle == address);
-            heard.push(XidEvent { index: known.map(|(_, index)| *index), xid: data.eventData });
+            let index = known.map(|(_, index)| *index);
+            heard.add(XidEvent { index, xid: data.eventData }, SystemTime::now());
         }
-        heard
     }
 
     /// Gives the event set back; before the library is closed.
@@ -111,4 +140,30 @@ fn next(nvml: &Nvml, set: EventSet) -> Result<sys::nvmlEventData_t, NvmlError> {
     // SAFETY: the set is of this library, which is open; the struct is of its type.
     nvml_try(unsafe { symbol(set.0, &mut data, 0) })?;
     Ok(data)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_hides_no_other_error_and_fills_nothing() {
+        let mut heard = Heard::default();
+        let event = |index, xid| XidEvent { index: Some(index), xid };
+        let at = SystemTime::UNIX_EPOCH;
+        heard.add(event(1, 79), at);
+        for _ in 0..100_000 {
+            heard.add(event(0, 31), at);
+        }
+        heard.add(event(0, 13), at);
+        heard.add(event(0, 31), at);
+        let told: Vec<_> = heard.take().into_iter().map(|(event, _)| event).collect();
+        assert_eq!(told, [event(1, 79), event(0, 13), event(0, 31)], "the last of them is last");
+        assert!(heard.is_empty());
+
+        for xid in 0..100_000 {
+            heard.add(event(0, xid), at);
+        }
+        assert_eq!(heard.take().len(), MAX_HEARD);
+    }
 }

@@ -13,10 +13,10 @@ use super::{nvml::ask, nvml_quirks as quirks};
 /// More parts than any GPU has.
 const MAX_PARTS: u32 = 64;
 
-/// What GPUs can be cut into, by UUID: asked once an opening of the library, since it does
-/// not change.
+/// What GPUs can be cut into, by UUID and MIG mode: asked once an opening of the library, since it
+/// does not change as long as the mode does not.
 #[derive(Debug, Default)]
-pub(super) struct Profiles(BTreeMap<String, Vec<ProfileInfo>>);
+pub(super) struct Profiles(BTreeMap<(String, bool), Vec<ProfileInfo>>);
 
 /// Whether the GPU is split, how, and how it could be.
 pub(super) fn look(gpu: &mut Gpu, device: &Device<'_>, profiles: &mut Profiles) {
@@ -47,12 +47,14 @@ fn parts(gpu: &mut Gpu, device: &Device<'_>) -> Vec<MigDevice> {
     // An empty slot is "not found", which says nothing about the GPU.
     let parts = (0..slots).filter_map(|slot| {
         let part = ask(gpu, || device.mig_device_by_index(slot))?;
-        Some(look_at_part(gpu, &part, slot))
+        // One that does not say its name was taken away meanwhile: the GPU is being cut anew.
+        let uuid = ask(gpu, || part.uuid())?;
+        Some(look_at_part(gpu, &part, slot, uuid))
     });
     parts.collect()
 }
 
-fn look_at_part(gpu: &mut Gpu, part: &Device<'_>, slot: u32) -> MigDevice {
+fn look_at_part(gpu: &mut Gpu, part: &Device<'_>, slot: u32, uuid: String) -> MigDevice {
     let size = ask(gpu, || raw::part_size(part));
     // The name is the product's with the profile behind it; old drivers leave that out.
     let name = ask(gpu, || part.name());
@@ -62,7 +64,7 @@ fn look_at_part(gpu: &mut Gpu, part: &Device<'_>, slot: u32) -> MigDevice {
         profile_name(size.compute_slices, size.gpu_slices, size.memory_bytes, total)
     });
     MigDevice {
-        uuid: ask(gpu, || part.uuid()),
+        uuid: Some(uuid),
         slot,
         profile: named.or(reckoned),
         gpu_instance_id: ask(gpu, || raw::gpu_instance_id(part)),
@@ -76,7 +78,7 @@ fn look_at_part(gpu: &mut Gpu, part: &Device<'_>, slot: u32) -> MigDevice {
 impl Profiles {
     fn of(&mut self, gpu: &mut Gpu, device: &Device<'_>, enabled: bool) -> Vec<MigProfile> {
         let Some(uuid) = gpu.uuid.clone() else { return Vec::new() };
-        let known = self.0.entry(uuid).or_insert_with(|| {
+        let known = self.0.entry((uuid, enabled)).or_insert_with(|| {
             (0..raw::PROFILES)
                 .filter_map(|profile| ask(gpu, || raw::profile(device, profile)))
                 .collect()

@@ -15,6 +15,7 @@ use std::mem::ManuallyDrop;
 use std::ops::Deref;
 
 use nvml_wrapper::error::{NvmlError, nvml_sym, nvml_try};
+use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
 use nvml_wrapper_sys::bindings as sys;
 
@@ -89,6 +90,19 @@ fn memory_v1(device: &Device<'_>) -> Result<GpuMemory, NvmlError> {
         bar1_total_bytes: None,
         bar1_used_bytes: None,
     })
+}
+
+/// Compute processes.
+///
+/// `Device::running_compute_processes` knows only the third version, which came with driver
+/// 510; the second tells the same.
+pub(super) fn processes(device: &Device<'_>) -> Result<Vec<ProcessInfo>, NvmlError> {
+    match device.running_compute_processes() {
+        Err(NvmlError::FailedToLoadSymbol(_) | NvmlError::FunctionNotFound) => {
+            device.running_compute_processes_v2()
+        }
+        answer => answer,
+    }
 }
 
 /// The chip's generation.

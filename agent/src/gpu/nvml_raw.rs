@@ -41,7 +41,9 @@ pub(super) fn remapped_rows(device: &Device<'_>, faults: &mut Faults) -> Result<
 /// Why the clocks are held down, as bits; those unknown to the wrapper included.
 pub(super) fn throttle_reasons(device: &Device<'_>) -> Result<u64, NvmlError> {
     let lib = device.nvml().lib();
-    let symbol = nvml_sym(lib.nvmlDeviceGetCurrentClocksThrottleReasons.as_ref())?;
+    // The new name since driver 535; the bits are the same.
+    let symbol = nvml_sym(lib.nvmlDeviceGetCurrentClocksEventReasons.as_ref())
+        .or_else(|_| nvml_sym(lib.nvmlDeviceGetCurrentClocksThrottleReasons.as_ref()))?;
     let mut bits = 0;
     // SAFETY: the handle is of this library, `bits` is ours to write.
     nvml_try(unsafe { symbol(device.handle(), &mut bits) })?;
@@ -86,11 +88,12 @@ pub(super) fn nvlink_bytes_per_second(device: &Device<'_>) -> Result<u64, NvmlEr
 
 fn field(device: &Device<'_>, id: u32) -> Result<u64, NvmlError> {
     let mut answers = device.field_values_for(&[FieldId(id)])?;
-    match answers.pop().ok_or(NvmlError::Unknown)??.value? {
+    match answers.pop().ok_or(NvmlError::NoData)??.value? {
         SampleValue::U32(value) => Ok(value.into()),
         SampleValue::U64(value) => Ok(value),
-        SampleValue::I64(value) => u64::try_from(value).map_err(|_| NvmlError::Unknown),
-        SampleValue::F64(_) => Err(NvmlError::Unknown),
+        // Not a number that was asked for, and nothing against the GPU.
+        SampleValue::I64(value) => u64::try_from(value).map_err(|_| NvmlError::NoData),
+        SampleValue::F64(_) => Err(NvmlError::NoData),
     }
 }
 
@@ -118,8 +121,10 @@ pub(super) fn fabric(device: &Device<'_>) -> Result<Option<Fabric>, NvmlError> {
 }
 
 fn joined(state: u8, status: u32, uuid: [u8; 16], clique_id: u32) -> Option<Fabric> {
+    // GPUs on the NVSwitches of one node have completed, too, and no network's name.
     let complete = u32::from(state) == sys::NVML_GPU_FABRIC_STATE_COMPLETED
-        && status == sys::nvmlReturn_enum_NVML_SUCCESS;
+        && status == sys::nvmlReturn_enum_NVML_SUCCESS
+        && uuid != [0; 16];
     complete.then(|| {
         let hex: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         let cluster_uuid =

@@ -22,6 +22,7 @@ mod cost;
 mod faults;
 mod parts;
 mod real;
+mod smi;
 
 fn probe(fake: &FakeNvml, sysfs: &Path) -> NvmlProbe {
     NvmlProbe::new(Some(fake.library()), Sysfs::new(sysfs), xid::FATAL.to_vec())
@@ -232,12 +233,25 @@ fn a_generation_newer_than_this_program_keeps_its_code() {
 }
 
 #[test]
+fn a_text_that_is_none_is_not_told_and_no_sickness() {
+    let odd = Device { name: "NVIDIA \u{fffd}".into(), ..Device::h100(0) };
+    let gpu = one(Device { serial: Some("\u{fffd}".into()), ..odd });
+    assert_eq!((gpu.product, gpu.serial), (None, None));
+    assert_eq!(gpu.health, Health::ok());
+    // Without a name of its own it cannot be given to anybody.
+    let gpu = one(Device { uuid: "GPU-\u{fffd}".into(), ..Device::h100(0) });
+    assert_eq!((gpu.uuid, gpu.health.state), (None, HealthState::Unknown));
+}
+
+#[test]
 fn the_library_of_an_old_driver_gives_what_it_has() {
     let missing = [
         "nvmlDeviceGetMemoryInfo_v2",
         "nvmlDeviceGetMigMode",
         "nvmlDeviceGetArchitecture",
+        "nvmlDeviceGetComputeRunningProcesses_v2",
         "nvmlDeviceGetComputeRunningProcesses_v3",
+        "nvmlDeviceGetCurrentClocksEventReasons",
         "nvmlSystemGetCudaDriverVersion_v2",
         "nvmlDeviceGetRemappedRows",
         "nvmlDeviceGetFieldValues",
@@ -400,14 +414,44 @@ async fn a_library_that_is_installed_later_is_found() {
 #[tokio::test]
 async fn a_driver_call_that_hangs_makes_the_inventory_stale() {
     let fake = FakeNvml::new(&Scenario::h100s(2));
-    let handle = start(quick(&fake)).unwrap();
-    let reader = handle.reader();
-    wait_for(&reader, |it| it.provider.state == ProviderState::Ok).await;
-
     let mut scenario = Scenario::h100s(2);
     // For longer than the test; the process's end takes the thread along.
     scenario.devices[1].hang_ms.insert("nvmlDeviceGetPowerUsage".into(), 3_600_000);
-    fake.set(&scenario);
+    turns_stale(&fake, &scenario).await;
+}
+
+/// In whatever call it hangs, also in those between two looks and at a fresh start.
+#[tokio::test]
+async fn a_driver_that_hangs_in_any_call_makes_the_inventory_stale() {
+    for function in [
+        "nvmlDeviceGetCount_v2",
+        "nvmlDeviceGetHandleByIndex_v2",
+        "nvmlDeviceGetComputeRunningProcesses_v3",
+        "nvmlDeviceGetMigMode",
+        "nvmlDeviceGetFieldValues",
+        "nvmlEventSetWait_v2",
+        "nvmlEventSetFree",
+        "nvmlShutdown",
+        "nvmlInit_v2",
+        "nvmlEventSetCreate",
+        "nvmlDeviceRegisterEvents",
+    ] {
+        let fake = FakeNvml::new(&Scenario::h100s(2));
+        let mut scenario = Scenario::h100s(2);
+        // For a sick one the library is closed and opened afresh.
+        scenario.devices[0] = Device::h100(0).failing("*", code::GPU_IS_LOST);
+        scenario.hang_ms.insert(function.into(), 3_600_000);
+        scenario.devices[1].hang_ms.insert(function.into(), 3_600_000);
+        println!("{function}");
+        turns_stale(&fake, &scenario).await;
+    }
+}
+
+async fn turns_stale(fake: &FakeNvml, scenario: &Scenario) {
+    let handle = start(quick(fake)).unwrap();
+    let reader = handle.reader();
+    wait_for(&reader, |it| it.provider.state == ProviderState::Ok).await;
+    fake.set(scenario);
     let stale = async {
         let mut tick = tokio::time::interval(Duration::from_millis(1));
         loop {

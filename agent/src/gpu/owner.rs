@@ -64,10 +64,13 @@ pub(super) fn run(
 ) {
     let mut history = History::default();
     let mut reopen = Reopen::new(pace.retry_interval);
+    let mut had_answered = false;
     loop {
         let mut inventory = report(&mut history, probe.sample());
         let answered = inventory.provider.state == ProviderState::Ok;
-        let wait = if answered { pace.interval } else { pace.retry_interval };
+        // One odd answer, or an upgrade of the driver, hides the GPUs no longer than it must.
+        let wait = if answered || had_answered { pace.interval } else { pace.retry_interval };
+        had_answered = answered;
         let now = Instant::now();
         inventory.freshness =
             Some(Freshness { since: now, lasts: wait.saturating_mul(MISSED_LOOKS) });
@@ -77,11 +80,13 @@ pub(super) fn run(
 
         // NVML counts GPUs when it is opened: only a new start sees one that came,
         // and only a new start proves that a sick one is well.
-        if !answered || reopen.is_due(sick, now) {
-            probe.close();
-        }
+        let afresh = !answered || reopen.is_due(sick, now);
         if !wait_for_next(&mut probe, wait, stop) {
             return;
+        }
+        if afresh {
+            // Right before the next look: until then the driver's errors are heard.
+            probe.close();
         }
     }
 }
@@ -105,7 +110,7 @@ fn wait_for_next(probe: &mut impl GpuProbe, wait: Duration, stop: &Receiver<()>)
 fn report(history: &mut History, looked: Result<Sample, ProbeError>) -> GpuInventory {
     let mut inventory = match looked {
         Err(ProbeError { state, message }) => {
-            GpuInventory { generation: history.generation(), ..GpuInventory::none(state, message) }
+            GpuInventory { generation: history.add_none(), ..GpuInventory::none(state, message) }
         }
         Ok(sample) => {
             let mut inventory = GpuInventory {

@@ -4,6 +4,7 @@
 //! restarted, of another version), asking ends within [`PATIENCE`], and the
 //! [`Allocations`] say what became of it.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,6 +25,10 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What the kubelet itself allows for an answer.
 const MAX_ANSWER_BYTES: usize = 16 << 20;
+
+/// Devices that an answer may tell of: more than a node's GPUs have copies for sharing. An answer
+/// with more is nonsense, and would keep every reader busy.
+const MAX_DEVICES: usize = 65_536;
 
 /// A resource of another kind of device may have names that look like a GPU's.
 const GPU_RESOURCES: [&str; 2] = ["nvidia.com/gpu", "nvidia.com/mig-"];
@@ -87,7 +92,7 @@ async fn ask(socket: &Path, channel: Channel) -> Result<Answer, String> {
         Err(status) if status.code() == Code::Unimplemented => Vec::new(),
         Err(status) => return Err(refused(socket, &status).await),
     };
-    Ok(answer(listed, allocatable))
+    answer(listed, allocatable).map_err(|why| format!("{}: {why}", socket.display()))
 }
 
 /// What a refusal means. The kernel knows best why there is no connection.
@@ -102,7 +107,10 @@ async fn refused(socket: &Path, status: &Status) -> String {
     format!("{socket_name}: {}: {}", status.code(), status.message())
 }
 
-fn answer(listed: v1::ListPodResourcesResponse, allocatable: Vec<v1::ContainerDevices>) -> Answer {
+fn answer(
+    listed: v1::ListPodResourcesResponse,
+    allocatable: Vec<v1::ContainerDevices>,
+) -> Result<Answer, String> {
     let mut answer = Answer::default();
     for pod in &listed.pod_resources {
         for container in &pod.containers {
@@ -120,13 +128,18 @@ fn answer(listed: v1::ListPodResourcesResponse, allocatable: Vec<v1::ContainerDe
             for claim in &container.dynamic_resources {
                 answer.add_claim(claim, &given);
             }
+            if answer.held.len() > MAX_DEVICES {
+                return Err(format!("more than {MAX_DEVICES} devices are given to pods"));
+            }
         }
     }
     let allocatable = allocatable.iter().filter(|devices| is_gpu(devices));
     let names = allocatable.flat_map(|devices| &devices.device_ids);
-    answer.allocatable =
-        names.filter_map(|id| DeviceName::of_plugin(id)).map(|(name, _)| name).collect();
-    answer
+    let names = names.take(MAX_DEVICES).filter_map(|id| DeviceName::of_plugin(id));
+    // Each once, however many copies there are for sharing.
+    let names: BTreeSet<_> = names.map(|(name, _)| name.plain()).collect();
+    answer.allocatable = names.into_iter().collect();
+    Ok(answer)
 }
 
 fn is_gpu(devices: &v1::ContainerDevices) -> bool {
@@ -139,7 +152,7 @@ impl Answer {
     fn add_devices(&mut self, devices: &v1::ContainerDevices, given: &Allocation) {
         for id in &devices.device_ids {
             let Some((device, shared)) = DeviceName::of_plugin(id) else {
-                self.cannot_read(format!("{} {id:?}", devices.resource_name));
+                self.unread.add(&format!("{} {id:?}", devices.resource_name));
                 continue;
             };
             let resource_name = Some(devices.resource_name.clone());
@@ -161,7 +174,8 @@ impl Answer {
             }
             let mut names = std::iter::once(resource.device_name.as_str()).chain(cdi);
             let Some(device) = names.find_map(DeviceName::of_claim) else {
-                self.cannot_read(format!("claim {} {:?}", claim.claim_name, resource.device_name));
+                let device = &resource.device_name;
+                self.unread.add(&format!("claim {} {device:?}", claim.claim_name));
                 continue;
             };
             let claim_name = Some(claim.claim_name.clone());
@@ -170,12 +184,6 @@ impl Answer {
                 device,
                 allocation: Allocation { claim_name, shared, ..given.clone() },
             });
-        }
-    }
-
-    fn cannot_read(&mut self, name: String) {
-        if !self.unread.contains(&name) {
-            self.unread.push(name);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use regex::{Regex, RegexBuilder};
 
-use crate::gpu::{ComputeCapability, Gpu, HealthState};
+use crate::gpu::{ComputeCapability, Gpu, GpuMemory, HealthState};
 
 /// What a pod needs of GPUs, read and checked.
 #[derive(Debug, Clone)]
@@ -75,18 +75,30 @@ impl Requirement {
     }
 }
 
+/// More memory than an idle GPU's driver counts as used, and less than the smallest CUDA
+/// context takes.
+const IDLE_BYTES: u64 = 256 << 20;
+
 /// Well, given to nobody and used by nobody.
 ///
 /// Who has been given it is the kubelet's to say; where it does not tell, and for work beside
-/// Kubernetes, processes do; where they cannot be seen, memory. A GPU that the kubelet does
-/// not have to give is nobody's, and not free either.
+/// Kubernetes, processes do, and memory: the driver hides processes from those in another
+/// process namespace. A GPU that the kubelet does not have to give is nobody's, and not free
+/// either.
 pub fn is_free(gpu: &Gpu) -> bool {
     // A GPU cut into MIG devices takes no whole-GPU work.
     let whole = gpu.mig.as_ref().is_none_or(|mig| !mig.enabled);
     let usable = matches!(gpu.health.state, HealthState::Ok | HealthState::Warning);
+    let little = |memory: GpuMemory| memory.used_bytes < IDLE_BYTES;
     let idle = match &gpu.processes {
-        Some(processes) => processes.is_empty(),
-        None => gpu.memory.is_some_and(|memory| memory.used_bytes == 0),
+        Some(processes) if !processes.is_empty() => false,
+        // The kubelet knows of all pods; where the host's memory is the GPU's, others may be in it.
+        Some(_) if gpu.allocatable == Some(true) => true,
+        Some(_) => gpu.memory.is_none_or(|memory| {
+            // Old drivers count their own memory as used.
+            little(memory) || memory.reserved_bytes.is_none()
+        }),
+        None => gpu.memory.is_some_and(little),
     };
     let to_give = gpu.allocatable != Some(false) && gpu.allocations.is_empty();
     whole && usable && idle && to_give
@@ -128,7 +140,7 @@ fn largest_numa_group<'a>(gpus: &[&'a Gpu]) -> Vec<&'a Gpu> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu::{Allocation, GpuMemory, GpuProcess, Mig};
+    use crate::gpu::{Allocation, GpuProcess, Mig};
 
     fn gpu(index: u32, product: &str, free_gb: u64, capability: (u32, u32)) -> Gpu {
         Gpu {
@@ -174,6 +186,26 @@ mod tests {
         assert_eq!(found.free_count, 2);
         assert_eq!(found.candidates, ["GPU-3", "GPU-4"]);
         assert!(any(2).is_met(&found) && !any(3).is_met(&found));
+    }
+
+    #[test]
+    fn memory_tells_of_processes_that_cannot_be_seen() {
+        let with = |used_bytes: u64, change: fn(&mut Gpu)| {
+            let mut gpu = gpu(0, "NVIDIA H100", 80, (9, 0));
+            let memory = gpu.memory.as_mut().unwrap();
+            (memory.used_bytes, memory.reserved_bytes) = (used_bytes, Some(551 << 20));
+            change(&mut gpu);
+            is_free(&gpu)
+        };
+        // What a driver counts as used on an idle H100, and what a CUDA context takes.
+        let (idle, context) = (4 << 20, 500 << 20);
+        assert!(with(idle, |_| {}));
+        assert!(!with(context, |_| {}), "of another process namespace");
+        assert!(with(context, |gpu| gpu.allocatable = Some(true)), "the kubelet knows");
+        assert!(with(context, |gpu| gpu.memory.as_mut().unwrap().reserved_bytes = None));
+        assert!(with(idle, |gpu| gpu.processes = None));
+        assert!(!with(context, |gpu| gpu.processes = None));
+        assert!(!with(0, |gpu| (gpu.processes, gpu.memory) = (None, None)), "nothing is known");
     }
 
     #[test]

@@ -8,12 +8,12 @@ use super::*;
 /// How many cycles of losing a GPU and finding it again.
 const CYCLES: u32 = 10_000;
 
-fn descriptors() -> usize {
+pub(super) fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 /// CPU time of this thread.
-fn cpu() -> Duration {
+pub(super) fn cpu() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.try_into().unwrap(), time.tv_nsec.try_into().unwrap())
 }
@@ -42,6 +42,13 @@ fn a_look_at_eight_gpus_takes_milliseconds() {
     assert!(share < 0.2, "{share} %");
 }
 
+/// A figure of this process, in KiB or pieces.
+fn status(name: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
+}
+
 #[test]
 fn ten_thousand_losses_leave_nothing_behind() {
     let well = Scenario::h100s(2);
@@ -60,17 +67,22 @@ fn ten_thousand_losses_leave_nothing_behind() {
         let (gpus, _) = history.add(probe.sample().unwrap());
         assert_eq!((gpus.len(), &gpus[1].health), (2, &Health::ok()));
     };
-    cycle(&mut probe);
-    let (before, began) = (descriptors(), Instant::now());
-    // Other tests of this process open and close their own meanwhile; a leak would be of
-    // thousands.
+    let figures = || (descriptors(), status("Threads"), status("VmRSS"));
+    // What is allocated once is, by then.
+    for _ in 0..100 {
+        cycle(&mut probe);
+    }
+    let (before, began) = (figures(), Instant::now());
     for _ in 0..CYCLES {
         cycle(&mut probe);
     }
-    let after = descriptors();
+    let (took, after) = (began.elapsed(), figures());
     println!(
-        "{CYCLES} cycles in {:.1?}: {before} descriptors before, {after} after",
-        began.elapsed()
+        "{CYCLES} cycles in {took:.1?}: (descriptors, threads, KiB of memory) {before:?} before, \
+         {after:?} after"
     );
-    assert!(after < before + 1_000, "{before} descriptors before, {after} after");
+    // Other tests of this process open and close their own meanwhile; a leak would be of
+    // thousands, and of memory of more than a page a cycle.
+    assert!(after.0 < before.0 + 1_000 && after.1 < before.1 + 1_000, "{before:?}, {after:?}");
+    assert!(after.2 < before.2 + 400_000, "{before:?}, {after:?}");
 }

@@ -46,6 +46,30 @@ fn an_applications_error_is_noted_and_no_sickness() {
 }
 
 #[test]
+fn a_flood_of_errors_of_one_gpu_hides_no_other_ones() {
+    let fake = FakeNvml::new(&Scenario::h100s(2));
+    let mut probe = probe(&fake, Path::new("/nonexistent"));
+    probe.sample().unwrap();
+    // NVML tells them in the order of the GPUs, here.
+    let mut scenario = hit(2, 0, &[31; 100_000]);
+    scenario.devices[0].xids.push(13);
+    scenario.devices[1].xids = vec![79];
+    fake.set(&scenario);
+    let mut looks = 0;
+    let sample = loop {
+        let sample = probe.sample().unwrap();
+        looks += 1;
+        if sample.gpus[1].health.is_sick() {
+            break sample;
+        }
+    };
+    assert!(looks <= 12, "at a look a second {looks} are long");
+    assert_eq!(codes(&sample.gpus[1]), ["GPU_XID_79"]);
+    assert_eq!(sample.gpus[0].faults.last_xid, Some(13));
+    assert!(!probe.has_news());
+}
+
+#[test]
 fn which_errors_are_fatal_is_configured() {
     let fake = FakeNvml::new(&Scenario::h100s(1));
     let mut probe = NvmlProbe::new(Some(fake.library()), Sysfs::new("/nonexistent"), vec![31]);
@@ -149,4 +173,27 @@ fn an_older_driver_tells_the_fabric_in_the_older_way() {
     let fabric = sample.gpus.remove(0).fabric.unwrap();
     assert_eq!(fabric.cluster_uuid, "abababab-abab-abab-abab-abababababab");
     assert_eq!(fabric.clique_id, 3);
+}
+
+#[test]
+fn gpus_on_the_switches_of_one_node_are_in_no_network_across_nodes() {
+    let fabric = |uuid| one(Device { fabric: Some((uuid, 0)), ..Device::h100(0) }).fabric;
+    assert_eq!(fabric([0; 16]), None);
+    assert!(fabric([1; 16]).is_some());
+}
+
+#[test]
+fn an_older_driver_tells_processes_and_throttling_in_the_older_way() {
+    let device = Device {
+        throttle_reasons: Some(0x4),
+        processes: vec![Process { pid: 4242, used_bytes: Some(1 << 30) }],
+        ..Device::h100(0)
+    };
+    let missing =
+        ["nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetCurrentClocksEventReasons"];
+    let fake = FakeNvml::without_symbols(&node(vec![device]), &missing);
+    let mut sample = probe(&fake, Path::new("/nonexistent")).sample().unwrap();
+    let gpu = sample.gpus.remove(0);
+    assert_eq!(gpu.processes.unwrap()[0].pid, 4242);
+    assert_eq!(gpu.telemetry.throttle_reasons.unwrap(), ["SW_POWER_CAP"]);
 }

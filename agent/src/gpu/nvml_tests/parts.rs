@@ -78,6 +78,30 @@ fn an_old_drivers_parts_and_profiles_are_named_all_the_same() {
     assert!(mig.profiles.iter().all(|profile| profile.remaining_instances.is_none()));
 }
 
+#[test]
+fn a_gpu_that_is_split_while_the_agent_runs_tells_what_it_can_be_cut_into() {
+    // Outside of MIG mode a driver may know of no sizes.
+    let function = "nvmlDeviceGetGpuInstanceProfileInfoV";
+    let whole = Device::h100(0).failing(function, code::NOT_SUPPORTED);
+    let fake = FakeNvml::new(&node(vec![whole]));
+    let mut probe = probe(&fake, Path::new("/nonexistent"));
+    let mut profiles = || probe.sample().unwrap().gpus.remove(0).mig.unwrap().profiles.len();
+    assert_eq!(profiles(), 0);
+    fake.set(&node(vec![split()]));
+    assert_eq!(profiles(), 3);
+}
+
+#[test]
+fn a_part_that_is_taken_away_during_a_look_is_not_told_of() {
+    let gpu = one(split().failing("part:nvmlDeviceGetUUID", code::NOT_FOUND));
+    assert_eq!(gpu.mig.unwrap().devices, []);
+    assert_eq!(gpu.health, Health::ok());
+    // It goes after it has said its name.
+    let gpu = one(split().failing("part:nvmlDeviceGetMemoryInfo_v2", code::NOT_FOUND));
+    assert_eq!(gpu.mig.unwrap().devices[1].memory, None);
+    assert_eq!(gpu.health, Health::ok());
+}
+
 #[tokio::test]
 async fn a_new_part_is_a_new_generation() {
     let fake = FakeNvml::new(&node(vec![split()]));
