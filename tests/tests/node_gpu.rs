@@ -135,6 +135,21 @@ async fn a_driver_that_hangs_or_is_not_there_keeps_nobody_waiting() {
     assert_eq!(node_without.json(&["locate", &name])[0]["score"], 100);
     drop(node_without);
 
+    let fake = FakeNvml::new(&Scenario::h100s(2));
+    let Some((_server, node_after, name)) = node(&fake).await else { return };
+    assert_eq!(node_after.json(&["locate", &name, "--gpus", "1"])[0]["score"], 100);
+    let mut scenario = Scenario::h100s(2);
+    scenario.hang_ms.insert("nvmlEventSetWait_v2".into(), 600_000);
+    fake.set(&scenario);
+    eventually("it is stale", async || node_after.json(&["gpus"])["provider"]["state"] == "stale")
+        .await;
+    assert_eq!(node_after.json(&["gpus"])["gpus"].as_array().unwrap().len(), 2);
+    let asked = node_after.json(&["locate", &name, "--gpus", "1"])[0].clone();
+    assert_eq!((&asked["score"], &asked["gpu"]["free_count"]), (&0.into(), &0.into()), "{asked}");
+    let why = asked["reasons"][0]["message"].as_str().unwrap();
+    assert!(why.contains("nvml has not answered for "), "{why}");
+    drop(node_after);
+
     let mut scenario = Scenario::h100s(1);
     scenario.hang_ms.insert("nvmlInit_v2".into(), 600_000);
     let hanging = FakeNvml::new(&scenario);

@@ -100,6 +100,7 @@ fn gpu(gpu: &Gpu) -> v1::Gpu {
             power_limit_watts: gpu.telemetry.power_limit_watts,
             temperature_celsius: gpu.telemetry.temperature_celsius,
             throttle_reasons: gpu.telemetry.throttle_reasons.clone().unwrap_or_default(),
+            throttle_reasons_unknown: gpu.telemetry.throttle_reasons.is_none(),
         }),
         persistence_mode: gpu.persistence_mode,
         ecc_enabled: gpu.ecc_enabled,
@@ -123,6 +124,7 @@ fn gpu(gpu: &Gpu) -> v1::Gpu {
             max_width: gpu.pcie.max_width.unwrap_or(0),
         }),
         allocatable: gpu.allocatable,
+        processes_unknown: gpu.processes.is_none(),
     }
 }
 
@@ -131,10 +133,10 @@ fn mig(mig: &Mig, of_gpu: &Health) -> v1::MigState {
         uuid: device.uuid.clone().unwrap_or_default(),
         slot: device.slot,
         profile: device.profile.clone().unwrap_or_default(),
-        gpu_instance_id: device.gpu_instance_id.unwrap_or_default(),
-        compute_instance_id: device.compute_instance_id.unwrap_or_default(),
+        gpu_instance_id: device.gpu_instance_id,
+        compute_instance_id: device.compute_instance_id,
         memory: device.memory.map(memory),
-        multiprocessor_count: device.multiprocessor_count.unwrap_or_default(),
+        multiprocessor_count: device.multiprocessor_count,
         allocations: device.allocations.iter().map(allocation).collect(),
         // A part is as well as the whole.
         health: Some(health(of_gpu, &Faults::default())),

@@ -263,6 +263,64 @@ async fn news_of_the_driver_do_not_wait_for_the_next_look() {
     handle.shutdown(PATIENCE).await;
 }
 
+/// Tells the order of what is asked of it. Its GPU is sick, and one look fails.
+struct WatchedProbe {
+    first: FakeProbe,
+    looks: u32,
+    failing_look: u32,
+    calls: mpsc::Sender<&'static str>,
+}
+
+impl GpuProbe for WatchedProbe {
+    fn sample(&mut self) -> Result<Sample, ProbeError> {
+        let _ = self.calls.send("look");
+        self.looks += 1;
+        if self.looks == self.failing_look {
+            return Err(ProbeError { state: ProviderState::Error, message: "odd".into() });
+        }
+        let mut sample = self.first.sample()?;
+        sample.gpus[0].health.add(HealthState::Unhealthy, "GPU_XID_79", "sick");
+        Ok(sample)
+    }
+
+    fn has_news(&mut self) -> bool {
+        let _ = self.calls.send("listen");
+        false
+    }
+
+    fn close(&mut self) {
+        let _ = self.calls.send("close");
+    }
+}
+
+fn watched(pace: Pace, failing_look: u32) -> (super::GpuHandle, mpsc::Receiver<&'static str>) {
+    let (first, _show) = FakeProbe::new(Scene::Gpus(1));
+    let (calls, called) = mpsc::channel();
+    let handle = start_with(WatchedProbe { first, looks: 0, failing_look, calls }, pace);
+    (handle.unwrap(), called)
+}
+
+fn heard(called: &mpsc::Receiver<&'static str>, count: usize) -> Vec<&'static str> {
+    (0..count).map(|_| called.recv_timeout(PATIENCE).expect("a call")).collect()
+}
+
+#[tokio::test]
+async fn errors_are_heard_until_the_library_is_opened_afresh() {
+    let pace = Pace { interval: Duration::from_millis(1100), retry_interval: Duration::ZERO };
+    let (handle, called) = watched(pace, 0);
+    assert_eq!(heard(&called, 4), ["look", "listen", "close", "look"]);
+    handle.shutdown(PATIENCE).await;
+}
+
+#[tokio::test]
+async fn one_failure_does_not_hide_the_gpus_for_long() {
+    let hour = Duration::from_secs(3600);
+    let pace = Pace { interval: Duration::from_millis(1), retry_interval: hour };
+    let (handle, called) = watched(pace, 2);
+    assert_eq!(heard(&called, 4), ["look", "look", "close", "look"]);
+    handle.shutdown(PATIENCE).await;
+}
+
 /// Answers once, then panics.
 struct PanickingProbe {
     first: FakeProbe,

@@ -92,7 +92,8 @@ fn gpu(gpu: &v1::Gpu) -> Gpu {
             power_watts: telemetry.power_watts,
             power_limit_watts: telemetry.power_limit_watts,
             temperature_celsius: telemetry.temperature_celsius,
-            throttle_reasons: Some(telemetry.throttle_reasons),
+            throttle_reasons: Some(telemetry.throttle_reasons)
+                .filter(|_| !telemetry.throttle_reasons_unknown),
         },
         persistence_mode: gpu.persistence_mode,
         ecc_enabled: gpu.ecc_enabled,
@@ -104,7 +105,8 @@ fn gpu(gpu: &v1::Gpu) -> Gpu {
                     used_memory_bytes: process.used_memory_bytes,
                 })
                 .collect(),
-        ),
+        )
+        .filter(|_: &Vec<_>| !gpu.processes_unknown),
         allocatable: gpu.allocatable,
         allocations: gpu.allocations.iter().map(allocation).collect(),
     }
@@ -126,10 +128,10 @@ fn mig(mig: &v1::MigState) -> Mig {
         uuid: text(&device.uuid),
         slot: device.slot,
         profile: text(&device.profile),
-        gpu_instance_id: Some(device.gpu_instance_id),
-        compute_instance_id: Some(device.compute_instance_id),
+        gpu_instance_id: device.gpu_instance_id,
+        compute_instance_id: device.compute_instance_id,
         memory: device.memory.as_ref().map(memory),
-        multiprocessor_count: Some(device.multiprocessor_count).filter(|count| *count > 0),
+        multiprocessor_count: device.multiprocessor_count,
         allocations: device.allocations.iter().map(allocation).collect(),
     });
     let profiles = mig.profiles.iter().map(|profile| MigProfile {

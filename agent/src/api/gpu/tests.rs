@@ -128,6 +128,25 @@ fn nothing_is_lost_on_the_way() {
 }
 
 #[test]
+fn what_was_not_measured_arrives_as_that() {
+    let mut gpu = Gpu::unknown(3);
+    let part = MigDevice {
+        uuid: Some("MIG-a".into()),
+        slot: 0,
+        profile: None,
+        gpu_instance_id: None,
+        compute_instance_id: None,
+        memory: None,
+        multiprocessor_count: None,
+        allocations: vec![],
+    };
+    gpu.mig = Some(Mig { devices: vec![part], ..Mig::default() });
+    let mut sent = GpuInventory::none(ProviderState::Ok, "");
+    sent.gpus = vec![gpu];
+    assert_eq!(from_wire(&inventory(&sent)), sent);
+}
+
+#[test]
 fn each_kind_of_link_and_action_has_a_number() {
     use LinkType::{Node, Nvlink, Nvswitch, Phb, Pix, Pxb, SameBoard, Sys};
     for kind in [Nvlink, Nvswitch, SameBoard, Pix, Pxb, Phb, Node, Sys].map(Some) {

@@ -280,6 +280,80 @@ async fn without_a_socket_processes_serve_and_a_kubelet_that_comes_is_found() {
     let message = &gone.allocation.message;
     assert!(message.starts_with("allocations are of the kubelet's last answer: "), "{message}");
     assert!(given(&gone));
+
+    // Nor does something else on its socket.
+    let _ = std::fs::remove_file(node.socket());
+    let other = UnixListener::bind(node.socket()).unwrap();
+    let babble = tokio::spawn(async move {
+        while let Ok((mut stream, _)) = other.accept().await {
+            let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, &[0xff; 4096]).await;
+        }
+    });
+    let strange = eventually(&mut reader, |it| {
+        !it.allocation.message.contains("connect to ") && !it.allocation.message.is_empty()
+    })
+    .await;
+    assert!(given(&strange), "{:?}", strange.allocation);
+    babble.abort();
+
+    // When it is back, its word counts again.
+    node.say(|script| *script = Script::default());
+    node.serve();
+    let back = eventually(&mut reader, |it| it.allocation.message.is_empty()).await;
+    assert!(!given(&back));
+    handle.shutdown(LONG).await;
+}
+
+/// Shared GPUs have a name for each copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_devices_keep_no_reader_waiting() {
+    let mut node = Node::new(&Scenario::h100s(16));
+    let copies = |from: u32| -> Vec<String> {
+        (from..from + 5_000).map(|n| format!("{}::{n}", uuid(n % 16))).collect()
+    };
+    node.say(|script| {
+        // One container that has thousands, thousands of containers, and GPUs that are not here.
+        let mut pods =
+            vec![with_devices("all", vec![devices("nvidia.com/gpu.shared", &copies(0))])];
+        pods.extend(copies(5_000).into_iter().enumerate().map(|(n, copy)| {
+            with_devices(&format!("pod-{n}"), vec![devices("nvidia.com/gpu.shared", &[copy])])
+        }));
+        let strange: Vec<String> = (100..5_100).map(uuid).collect();
+        pods.push(with_devices("strange", vec![devices("nvidia.com/gpu", &strange)]));
+        script.listed.pod_resources = pods;
+        let all = [copies(0), copies(5_000)].concat();
+        let all = devices("nvidia.com/gpu.shared", &all);
+        script.allocatable = Some(v1::AllocatableResourcesResponse { devices: vec![all] });
+    });
+    node.serve();
+    let (handle, mut reader) = node.look();
+    let inventory = eventually(&mut reader, |it| {
+        it.allocation.source == AllocationSource::PodResources && it.gpus.len() == 16
+    })
+    .await;
+    for gpu in &inventory.gpus {
+        let of_all = gpu.allocations.iter().filter(|held| held.pod_name == "all").count();
+        assert_eq!(of_all, 1, "a container counts once");
+        assert!(gpu.allocations.len() > 300, "{}", gpu.allocations.len());
+        assert_eq!(gpu.allocatable, Some(true));
+    }
+    let message = &inventory.allocation.message;
+    assert!(message.contains(&uuid(100)) && message.ends_with(" and others"), "{message}");
+    let began = std::time::Instant::now();
+    reader.current();
+    let took = began.elapsed();
+    println!("15,000 devices joined with 16 GPUs in {took:.1?}");
+    assert!(took < Duration::from_millis(500), "{took:?}");
+
+    // More than any kubelet has is no answer.
+    node.say(|script| {
+        let nonsense: Vec<String> = (0..70_000).map(|n| format!("GPU-{n}")).collect();
+        script.listed.pod_resources =
+            vec![with_devices("all", vec![devices("nvidia.com/gpu", &nonsense)])];
+    });
+    let strange =
+        eventually(&mut reader, |it| it.allocation.message.contains("more than 65536")).await;
+    assert_eq!(strange.gpus[0].allocations, inventory.gpus[0].allocations, "the last one stands");
     handle.shutdown(LONG).await;
 }
 
