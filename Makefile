@@ -78,8 +78,9 @@ fuzz: setup ## Fuzz each parser of foreign bytes for FUZZ_SECONDS (30), where ca
 	done
 
 .PHONY: test-gpu
-test-gpu: setup ## Test the GPU inventory against this machine's NVIDIA driver, and print what it reports
-	CARPORT_TEST_GPU=1 $(CARGO) test --package carport-agent --lib -- gpu::nvml_tests::real --nocapture
+test-gpu: setup ## Test the GPU inventory against this machine's NVIDIA driver; what it reports, beside nvidia-smi: target/gpu-record.md
+	CARPORT_TEST_GPU=1 CARPORT_GPU_RECORD=$(CURDIR)/target/gpu-record.md \
+		$(CARGO) test --package carport-agent --lib -- gpu::nvml_tests::real --nocapture
 
 .PHONY: lint
 lint: setup ## Formatting and lints, warnings refused

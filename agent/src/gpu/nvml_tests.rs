@@ -412,6 +412,31 @@ async fn a_library_that_is_installed_later_is_found() {
 }
 
 #[tokio::test]
+async fn an_upgrade_of_the_driver_under_a_running_agent_is_followed() {
+    let old = ["nvmlDeviceGetMemoryInfo_v2"];
+    let fake = FakeNvml::without_symbols(&Scenario::h100s(1), &old);
+    let handle = start(quick(&fake)).unwrap();
+    let reader = handle.reader();
+    let reserved = |it: &GpuInventory| it.gpus.first().and_then(|gpu| gpu.memory?.reserved_bytes);
+    let before = wait_for(&reader, |it| it.provider.state == ProviderState::Ok).await;
+    assert_eq!(reserved(&before), None);
+    // The module is the new one, the library still the old one.
+    let mismatch = code::LIB_RM_VERSION_MISMATCH;
+    let upgraded = Scenario { driver_version: "580.65.06".into(), ..Scenario::h100s(1) };
+    let between = upgraded.clone().failing("nvmlDeviceGetCount_v2", mismatch);
+    let between = between.failing("nvmlInit_v2", mismatch);
+    fake.set(&between);
+    wait_for(&reader, |it| it.provider.state == ProviderState::VersionMismatch).await;
+    fake.appear(&between, &[]);
+    fake.set(&upgraded);
+    let after = wait_for(&reader, |it| it.provider.state == ProviderState::Ok).await;
+    assert_eq!(after.driver_version.as_deref(), Some("580.65.06"));
+    assert!(reserved(&after).is_some(), "the library that was loaded is the new one");
+    assert!(after.generation > before.generation);
+    handle.shutdown(PATIENCE).await;
+}
+
+#[tokio::test]
 async fn a_driver_call_that_hangs_makes_the_inventory_stale() {
     let fake = FakeNvml::new(&Scenario::h100s(2));
     let mut scenario = Scenario::h100s(2);

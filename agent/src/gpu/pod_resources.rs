@@ -85,11 +85,16 @@ async fn ask(socket: &Path, channel: Channel) -> Result<Answer, String> {
         Ok(listed) => listed.into_inner(),
         Err(status) => return Err(refused(socket, &status).await),
     };
-    // Older kubelets do not have it; without it, what is allocated is known all the same.
+    // Older kubelets do not have it, or have it switched off by a feature gate; without it, what is
+    // allocated is known all the same.
     let allocatable = kubelet.get_allocatable_resources(v1::AllocatableResourcesRequest {}).await;
     let allocatable = match allocatable {
         Ok(answer) => answer.into_inner().devices,
-        Err(status) if status.code() == Code::Unimplemented => Vec::new(),
+        Err(status)
+            if status.code() == Code::Unimplemented || status.message().ends_with(" disabled") =>
+        {
+            Vec::new()
+        }
         Err(status) => return Err(refused(socket, &status).await),
     };
     answer(listed, allocatable).map_err(|why| format!("{}: {why}", socket.display()))

@@ -72,8 +72,8 @@ type Row = (&'static str, Rule, &'static [&'static str], fn(&Gpu) -> Option<Stri
 const ROWS: [Row; 33] = [
     ("uuid", Rule::Same, &["GPU UUID"], |gpu| gpu.uuid.clone()),
     ("product", Rule::Same, &["Product Name"], |gpu| gpu.product.clone()),
-    ("brand", Rule::Same, &["Product Brand"], |gpu| gpu.brand.clone()),
-    ("architecture", Rule::Same, &["Product Architecture"], |gpu| {
+    ("brand", Rule::Shown, &["Product Brand"], |gpu| gpu.brand.clone()),
+    ("architecture", Rule::Shown, &["Product Architecture"], |gpu| {
         gpu.architecture.as_ref()?.name.clone()
     }),
     ("serial", Rule::Same, &["Serial Number"], |gpu| gpu.serial.clone()),
@@ -144,7 +144,7 @@ const ROWS: [Row; 33] = [
     ),
     (
         "telemetry.power_limit_watts",
-        Rule::Same,
+        Rule::Shown,
         &["GPU Power Readings / Current Power Limit", "Power Readings / Enforced Power Limit"],
         |gpu| watts(gpu.telemetry.power_limit_watts),
     ),

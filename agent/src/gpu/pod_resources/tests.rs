@@ -24,6 +24,8 @@ use super::*;
 struct Script {
     listed: v1::ListPodResourcesResponse,
     allocatable: Option<v1::AllocatableResourcesResponse>,
+    /// The feature gate of the question before it is off.
+    gate_is_off: bool,
     hangs: bool,
 }
 
@@ -53,7 +55,10 @@ impl PodResourcesLister for Kubelet {
         &self,
         _request: Request<v1::AllocatableResourcesRequest>,
     ) -> Result<Response<v1::AllocatableResourcesResponse>, Status> {
-        let allocatable = self.say().await.allocatable;
+        let Script { allocatable, gate_is_off, .. } = self.say().await;
+        if gate_is_off {
+            return Err(Status::unknown("PodResources API GetAllocatableResources disabled"));
+        }
         allocatable.map(Response::new).ok_or_else(|| Status::unimplemented("an old kubelet"))
     }
 }
@@ -208,6 +213,7 @@ async fn claims_and_parts_are_found() {
     let part = scenario.devices[2].mig_devices[1].uuid.clone();
     let mut node = Node::new(&scenario);
     node.say(|script| {
+        script.gate_is_off = true;
         script.listed.pod_resources = vec![
             with_claim(
                 "by-claim",
