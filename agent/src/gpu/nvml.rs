@@ -124,7 +124,7 @@ impl NvmlProbe {
                 };
                 (ProviderState::NoDriver, message)
             }
-            NvmlError::NoPermission => {
+            NvmlError::NoPermission | NvmlError::OperatingSystem => {
                 let message = format!(
                     "{said}: the agent may not open /dev/nvidiactl; run it as root and give the \
                      container the NVIDIA devices"

@@ -67,13 +67,20 @@ pub(super) fn memory(device: &Device<'_>) -> Result<GpuMemory, NvmlError> {
             bar1_total_bytes: None,
             bar1_used_bytes: None,
         }),
-        Err(
-            NvmlError::FailedToLoadSymbol(_)
-            | NvmlError::FunctionNotFound
-            | NvmlError::UnexpectedVariant(sys::nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH),
-        ) => memory_v1(device),
+        Err(error) if is_too_new(&error) => memory_v1(device),
         Err(error) => Err(error),
     }
+}
+
+/// Whether the driver is too old for what it was asked, so that an older form may serve.
+pub(super) fn is_too_new(error: &NvmlError) -> bool {
+    const MISMATCH: u32 = sys::nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH;
+    matches!(
+        error,
+        NvmlError::FailedToLoadSymbol(_)
+            | NvmlError::FunctionNotFound
+            | NvmlError::UnexpectedVariant(MISMATCH)
+    )
 }
 
 fn memory_v1(device: &Device<'_>) -> Result<GpuMemory, NvmlError> {
@@ -98,9 +105,7 @@ fn memory_v1(device: &Device<'_>) -> Result<GpuMemory, NvmlError> {
 /// 510; the second tells the same.
 pub(super) fn processes(device: &Device<'_>) -> Result<Vec<ProcessInfo>, NvmlError> {
     match device.running_compute_processes() {
-        Err(NvmlError::FailedToLoadSymbol(_) | NvmlError::FunctionNotFound) => {
-            device.running_compute_processes_v2()
-        }
+        Err(error) if is_too_new(&error) => device.running_compute_processes_v2(),
         answer => answer,
     }
 }

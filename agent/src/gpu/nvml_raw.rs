@@ -17,6 +17,7 @@ use nvml_wrapper_sys::bindings as sys;
 
 use super::inventory::{Faults, RecoveryAction};
 use super::links::Fabric;
+use super::nvml_quirks::is_too_new;
 
 /// `NVML_STRUCT_VERSION` of the header: the size, with the version in the highest byte.
 const fn version_of<T>(version: u32) -> c_uint {
@@ -101,19 +102,26 @@ fn field(device: &Device<'_>, id: u32) -> Result<u64, NvmlError> {
 ///
 /// The versioned function came with driver 545; older ones have another one.
 pub(super) fn fabric(device: &Device<'_>) -> Result<Option<Fabric>, NvmlError> {
-    let lib = device.nvml().lib();
-    if let Ok(symbol) = nvml_sym(lib.nvmlDeviceGetGpuFabricInfoV.as_ref()) {
-        // SAFETY: all zero is a valid value of this struct of numbers.
-        let mut info: sys::nvmlGpuFabricInfoV_t = unsafe { std::mem::zeroed() };
-        // The oldest version that knows all that is asked; a longer struct begins with it.
-        info.version = version_of::<sys::nvmlGpuFabricInfo_v2_t>(2);
-        // SAFETY: the handle is of this library; `info` is no shorter than its version says.
-        let code = unsafe { symbol(device.handle(), &mut info) };
-        nvml_try(code)?;
-        return Ok(joined(info.state, info.status, info.clusterUuid, info.cliqueId));
+    match fabric_v2(device) {
+        Err(error) if is_too_new(&error) => fabric_v1(device),
+        answer => answer,
     }
-    let symbol = nvml_sym(lib.nvmlDeviceGetGpuFabricInfo.as_ref())?;
-    // SAFETY: as above.
+}
+
+fn fabric_v2(device: &Device<'_>) -> Result<Option<Fabric>, NvmlError> {
+    let symbol = nvml_sym(device.nvml().lib().nvmlDeviceGetGpuFabricInfoV.as_ref())?;
+    // SAFETY: all zero is a valid value of this struct of numbers.
+    let mut info: sys::nvmlGpuFabricInfoV_t = unsafe { std::mem::zeroed() };
+    // The oldest version that knows all that is asked; a longer struct begins with it.
+    info.version = version_of::<sys::nvmlGpuFabricInfo_v2_t>(2);
+    // SAFETY: the handle is of this library; `info` is no shorter than its version says.
+    nvml_try(unsafe { symbol(device.handle(), &mut info) })?;
+    Ok(joined(info.state, info.status, info.clusterUuid, info.cliqueId))
+}
+
+fn fabric_v1(device: &Device<'_>) -> Result<Option<Fabric>, NvmlError> {
+    let symbol = nvml_sym(device.nvml().lib().nvmlDeviceGetGpuFabricInfo.as_ref())?;
+    // SAFETY: all zero is a valid value of this struct of numbers.
     let mut info: sys::nvmlGpuFabricInfo_t = unsafe { std::mem::zeroed() };
     // SAFETY: the handle is of this library; `info` is a struct of the type that it fills.
     nvml_try(unsafe { symbol(device.handle(), &mut info) })?;
@@ -189,21 +197,31 @@ pub(super) struct ProfileInfo {
 pub(super) const PROFILES: u32 = sys::NVML_GPU_INSTANCE_PROFILE_COUNT;
 
 pub(super) fn profile(device: &Device<'_>, profile: u32) -> Result<ProfileInfo, NvmlError> {
-    let lib = device.nvml().lib();
-    if let Ok(symbol) = nvml_sym(lib.nvmlDeviceGetGpuInstanceProfileInfoV.as_ref()) {
-        // SAFETY: all zero is a valid value of this struct of numbers.
-        let mut info: sys::nvmlGpuInstanceProfileInfo_v2_t = unsafe { std::mem::zeroed() };
-        info.version = version_of::<sys::nvmlGpuInstanceProfileInfo_v2_t>(2);
-        // SAFETY: the handle is of this library; the struct is of the version that it says.
-        nvml_try(unsafe { symbol(device.handle(), profile, &mut info) })?;
-        return Ok(ProfileInfo {
-            id: info.id,
-            name: Some(text(&info.name)).filter(|name| !name.is_empty()),
-            slices: info.sliceCount,
-            instances: info.instanceCount,
-            memory_bytes: info.memorySizeMB.saturating_mul(1 << 20),
-        });
+    match profile_v2(device, profile) {
+        Err(error) if is_too_new(&error) => profile_v1(device, profile),
+        answer => answer,
     }
+}
+
+fn profile_v2(device: &Device<'_>, profile: u32) -> Result<ProfileInfo, NvmlError> {
+    let lib = device.nvml().lib();
+    let symbol = nvml_sym(lib.nvmlDeviceGetGpuInstanceProfileInfoV.as_ref())?;
+    // SAFETY: all zero is a valid value of this struct of numbers.
+    let mut info: sys::nvmlGpuInstanceProfileInfo_v2_t = unsafe { std::mem::zeroed() };
+    info.version = version_of::<sys::nvmlGpuInstanceProfileInfo_v2_t>(2);
+    // SAFETY: the handle is of this library; the struct is of the version that it says.
+    nvml_try(unsafe { symbol(device.handle(), profile, &mut info) })?;
+    Ok(ProfileInfo {
+        id: info.id,
+        name: Some(text(&info.name)).filter(|name| !name.is_empty()),
+        slices: info.sliceCount,
+        instances: info.instanceCount,
+        memory_bytes: info.memorySizeMB.saturating_mul(1 << 20),
+    })
+}
+
+fn profile_v1(device: &Device<'_>, profile: u32) -> Result<ProfileInfo, NvmlError> {
+    let lib = device.nvml().lib();
     let symbol = nvml_sym(lib.nvmlDeviceGetGpuInstanceProfileInfo.as_ref())?;
     // SAFETY: all zero is a valid value of this struct of numbers.
     let mut info: sys::nvmlGpuInstanceProfileInfo_t = unsafe { std::mem::zeroed() };
@@ -247,6 +265,11 @@ mod tests {
         assert_eq!(size_of::<sys::nvmlGpuInstanceProfileInfo_t>(), 48);
         assert_eq!(size_of::<sys::nvmlGpuInstanceProfileInfo_v2_t>(), 152);
         assert_eq!(size_of::<sys::nvmlEventData_t>(), 32);
+        assert_eq!(size_of::<sys::nvmlMemory_v2_t>(), 40);
+        assert_eq!(size_of::<sys::nvmlProcessInfo_t>(), 24);
+        assert_eq!(size_of::<sys::nvmlPciInfo_t>(), 68);
+        assert_eq!(size_of::<sys::nvmlGpuFabricInfo_t>(), 28);
+        assert_eq!(size_of::<sys::nvmlBAR1Memory_t>(), 24);
         assert_eq!(size_of::<sys::nvmlFieldValue_t>(), 40);
         assert_eq!(version_of::<sys::nvmlGpuFabricInfo_v2_t>(2), 0x0200_0024);
     }

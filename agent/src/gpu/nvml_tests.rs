@@ -354,8 +354,10 @@ fn a_driver_that_is_not_loaded_and_one_out_of_reach_are_told_apart() {
 
 #[test]
 fn no_permission_and_version_mismatch_are_told_apart() {
-    let error = look(&Scenario::h100s(1).failing("nvmlInit_v2", code::NO_PERMISSION)).unwrap_err();
-    assert_eq!(error.state, ProviderState::NoPermission);
+    for refusal in [code::NO_PERMISSION, code::OPERATING_SYSTEM] {
+        let error = look(&Scenario::h100s(1).failing("nvmlInit_v2", refusal)).unwrap_err();
+        assert_eq!(error.state, ProviderState::NoPermission);
+    }
 
     let scenario = Scenario::h100s(1).failing("nvmlInit_v2", code::LIB_RM_VERSION_MISMATCH);
     let fake = FakeNvml::new(&scenario);

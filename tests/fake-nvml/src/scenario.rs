@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 /// NVML's return codes by name, for [`Scenario::errors`] and [`Device::errors`].
 pub mod code {
     pub use nvml_wrapper_sys::bindings::{
+        nvmlReturn_enum_NVML_ERROR_ARGUMENT_VERSION_MISMATCH as ARGUMENT_VERSION_MISMATCH,
         nvmlReturn_enum_NVML_ERROR_DRIVER_NOT_LOADED as DRIVER_NOT_LOADED,
         nvmlReturn_enum_NVML_ERROR_GPU_IS_LOST as GPU_IS_LOST,
         nvmlReturn_enum_NVML_ERROR_LIB_RM_VERSION_MISMATCH as LIB_RM_VERSION_MISMATCH,
         nvmlReturn_enum_NVML_ERROR_NO_PERMISSION as NO_PERMISSION,
         nvmlReturn_enum_NVML_ERROR_NOT_FOUND as NOT_FOUND,
         nvmlReturn_enum_NVML_ERROR_NOT_SUPPORTED as NOT_SUPPORTED,
+        nvmlReturn_enum_NVML_ERROR_OPERATING_SYSTEM as OPERATING_SYSTEM,
         nvmlReturn_enum_NVML_ERROR_RESET_REQUIRED as RESET_REQUIRED,
         nvmlReturn_enum_NVML_ERROR_UNKNOWN as UNKNOWN,
     };

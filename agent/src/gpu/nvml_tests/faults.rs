@@ -176,6 +176,20 @@ fn an_older_driver_tells_the_fabric_in_the_older_way() {
 }
 
 #[test]
+fn a_driver_that_does_not_know_a_structs_version_is_asked_in_the_older_way() {
+    let mismatch = code::ARGUMENT_VERSION_MISMATCH;
+    let device = Device { fabric: Some(([0xab; 16], 3)), ..Device::h100(0) }
+        .failing("nvmlDeviceGetGpuFabricInfoV", mismatch)
+        .failing("nvmlDeviceGetGpuInstanceProfileInfoV", mismatch)
+        .failing("nvmlDeviceGetMemoryInfo_v2", mismatch);
+    let gpu = one(device);
+    assert_eq!(gpu.fabric.unwrap().clique_id, 3);
+    assert_eq!(gpu.mig.unwrap().profiles.len(), 3);
+    assert_eq!(gpu.memory.unwrap().reserved_bytes, None);
+    assert_eq!(gpu.health, Health::ok());
+}
+
+#[test]
 fn gpus_on_the_switches_of_one_node_are_in_no_network_across_nodes() {
     let fabric = |uuid| one(Device { fabric: Some((uuid, 0)), ..Device::h100(0) }).fabric;
     assert_eq!(fabric([0; 16]), None);
