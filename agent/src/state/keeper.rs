@@ -16,7 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::{Contents, Known, NodeState, Rates, Trouble, in_flight, same_pull};
-use crate::gpu::{GpuInventory, GpuReader};
+use crate::gpu::{Gpu, GpuInventory, GpuReader};
 use crate::metrics::Metrics;
 use crate::page_cache::{self, Sampler};
 use crate::placement::gpus::is_free;
@@ -407,9 +407,12 @@ fn stages<'a>(
 /// Equal but for readings: temperatures are no news.
 fn same_gpus(a: &GpuInventory, b: &GpuInventory) -> bool {
     let news = |inventory: &GpuInventory| {
-        let gpus = inventory.gpus.iter();
-        gpus.map(|gpu| (gpu.health.clone(), is_free(gpu), gpu.allocations.clone()))
-            .collect::<Vec<_>>()
+        let of = |gpu: &Gpu| {
+            let parts = gpu.mig.iter().flat_map(|mig| &mig.devices);
+            let held: Vec<_> = parts.map(|part| part.allocations.clone()).collect();
+            (gpu.health.clone(), is_free(gpu), gpu.allocations.clone(), held)
+        };
+        inventory.gpus.iter().map(of).collect::<Vec<_>>()
     };
     a.generation == b.generation
         && a.provider == b.provider
@@ -518,6 +521,36 @@ mod tests {
         after.evictable_bytes += 1;
         assert!(!before.same(&after));
         assert!(!before.same(&node(vec![])));
+    }
+
+    #[test]
+    fn who_holds_a_gpu_or_a_part_of_one_is_news_and_how_warm_it_is_is_not() {
+        use crate::gpu::{Allocation, Mig, MigDevice, ProviderState};
+        let mut before = GpuInventory::none(ProviderState::Ok, "");
+        let part = MigDevice {
+            uuid: Some("MIG-a".into()),
+            slot: 0,
+            profile: None,
+            gpu_instance_id: None,
+            compute_instance_id: None,
+            memory: None,
+            multiprocessor_count: None,
+            allocations: Vec::new(),
+        };
+        let mig = Mig { enabled: true, devices: vec![part], ..Mig::default() };
+        before.gpus.push(Gpu { mig: Some(mig), ..Gpu::unknown(0) });
+        let mut after = before.clone();
+        after.gpus[0].telemetry.temperature_celsius = Some(40.0);
+        assert!(same_gpus(&before, &after));
+        after.gpus[0].mig.as_mut().unwrap().devices[0].allocations.push(Allocation {
+            pod_namespace: "team".into(),
+            pod_name: "a".into(),
+            container: "main".into(),
+            resource_name: None,
+            claim_name: None,
+            shared: false,
+        });
+        assert!(!same_gpus(&before, &after));
     }
 
     #[test]

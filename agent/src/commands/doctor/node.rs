@@ -16,7 +16,7 @@ use crate::page_cache;
 use crate::prepull::List;
 
 /// As `carport gpus` waits.
-const PATIENCE: Duration = Duration::from_secs(15);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Less of the disk free than this is what the agent calls pressure.
 const PRESSURE: f64 = 0.05;
 
