@@ -10,7 +10,7 @@ use carport_image::runtime::PublishError;
 
 use super::Check;
 use crate::config::Config;
-use crate::gpu::{ProviderState, look_once};
+use crate::gpu::{HealthState, ProviderState, look_once};
 use crate::output::size;
 use crate::page_cache;
 use crate::prepull::List;
@@ -322,7 +322,16 @@ pub(super) async fn gpus(config: &Config) -> anyhow::Result<Check> {
         ProviderState::Ok => {
             let version = inventory.driver_version.as_deref().unwrap_or("unknown");
             let n = inventory.gpus.len();
-            Check::ok("gpus", format!("{n} through NVML, driver {version}"))
+            let found = format!("{n} through NVML, driver {version}");
+            let ill = inventory.gpus.iter().filter(|gpu| gpu.health.state != HealthState::Ok);
+            match ill.count() {
+                0 => Check::ok("gpus", found),
+                ill => Check::warn(
+                    "gpus",
+                    format!("{found}; {ill} not well"),
+                    "`carport gpus` says why",
+                ),
+            }
         }
         ProviderState::Disabled => Check::ok("gpus", message),
         ProviderState::NoLibrary if !driver => {
@@ -372,6 +381,20 @@ mod tests {
         assert!(over(&mounts, Path::new("/var/lib/kubelet/pods")).unwrap().shared);
         assert_eq!(over(&mounts, Path::new("/srv")).unwrap().target, Path::new("/"));
         assert!(over(&mounts[1..], Path::new("/srv")).is_none());
+    }
+
+    #[tokio::test]
+    async fn a_gpu_that_is_not_well_is_told_of() {
+        let mut scenario = fake_nvml::Scenario::h100s(2);
+        let fake = fake_nvml::FakeNvml::new(&scenario);
+        let mut config = Config::default();
+        config.gpu.library = Some(fake.library());
+        assert_eq!(gpus(&config).await.unwrap().message, "2 through NVML, driver 550.54.15");
+        scenario.devices[1].remapped_rows = Some((1, true, true));
+        fake.set(&scenario);
+        let check = gpus(&config).await.unwrap();
+        assert_eq!(check.message, "2 through NVML, driver 550.54.15; 1 not well");
+        assert!(matches!(check.level, super::super::Level::Warn));
     }
 
     #[test]
