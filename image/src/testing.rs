@@ -10,6 +10,8 @@ use crate::manifest::{Blob, Compression, Content, Layer};
 use crate::reference::Reference;
 use crate::store::Store;
 
+pub(crate) mod arriving;
+
 /// A member of a test's tar.
 pub(crate) enum Entry<'a> {
     Dir(&'a str),

@@ -4,19 +4,16 @@ use futures_util::FutureExt as _;
 use proptest::prelude::*;
 
 use super::*;
-use crate::layer::{Lister, Listing, Plan, Resumed};
+use crate::layer::{Lister, Listing};
 use crate::manifest::{Blob, Compression, Content, Layer};
 use crate::store::Store;
+use crate::testing::arriving::{self, ask, file, ingest, members, opens_as, plain};
 use crate::testing::{Entry, layer_of, noise, store, tar};
 use crate::tree::LayerEntry;
 
 fn raw_layer(content: &[u8]) -> Layer {
     let blob = Blob { digest: Digest::of(content), size: content.len() as u64 };
     Layer { blob, compression: Compression::None, content: Content::File, toc: None }
-}
-
-fn ingest(store: &Store, layer: &Layer) -> Arc<Ingest> {
-    Arc::new(store.ingest(&layer.blob.digest).unwrap().unwrap())
 }
 
 /// Lists a layer whose bytes these are; what was read for it.
@@ -33,62 +30,21 @@ fn list(ingest: &Ingest, layer: Layer, blob: &[u8]) -> (Listing, Landing, u64) {
     (listing, landing, read)
 }
 
-fn land(landing: &Landing, blob: &[u8], range: &Range<u64>) {
+fn land(landing: &Landing, blob: &[u8], range: &Range<u64>) -> Result<(), Unlanded> {
     let bytes = Bytes::copy_from_slice(&blob[range.start as usize..range.end as usize]);
-    landing.land(0, range.start, &[bytes]).unwrap();
+    landing.land(0, range.start, &[bytes]).map_err(Unlanded::Disk)
 }
 
-/// What an ordinary pull makes of the layer.
-fn plain(layer: Layer, blob: &[u8]) -> Vec<LayerEntry> {
-    let (_folder, store) = store();
-    let ingest = store.ingest(&layer.blob.digest).unwrap().unwrap();
-    let mut resumed = Resumed::open(ingest, layer, None).unwrap();
-    resumed.follow(Plan::plain(0..layer.blob.size));
-    let mut chunks = blob
-        .chunks(1000)
-        .map(|chunk| crate::layer::Chunk { bytes: Bytes::copy_from_slice(chunk), _credit: () });
-    resumed.unpack(|| chunks.next()).unwrap();
-    store.layer_as(&layer, None).unwrap().unwrap().entries
-}
-
-/// Brings the rest, in the order that `pick` chooses among what may come next, and commits.
+/// Brings the rest, in the order in which it may come, and commits.
 fn complete(
     ingest: Arc<Ingest>,
-    (listing, landing): (&Listing, &Landing),
+    listed: (&Listing, &Landing),
     layer: Layer,
     blob: &[u8],
     store: &Store,
 ) -> Vec<LayerEntry> {
-    let mut verifier = Verifier::new();
-    loop {
-        let here = landing.run_from(verifier.at()).now_or_never();
-        if let Some(end) = here {
-            verifier.read(landing, end).unwrap();
-        }
-        let Some(piece) = landing.next(false) else { break };
-        land(landing, blob, &piece.range);
-    }
-    verifier.read(landing, layer.blob.size).unwrap();
-    assert_eq!(verifier.digest(), layer.blob.digest);
-    let staged = verifier.finish(landing, store.root()).unwrap();
-    let mut objects = staged.iter().map(|staged| staged.object);
-    let entries = listing.entries(|_| objects.next().unwrap());
-    let record = crate::store::LayerRecord {
-        digest: layer.blob.digest,
-        size_bytes: layer.blob.size,
-        diff_id: layer.blob.digest,
-        entries: entries.clone(),
-        attributes: crate::tree::Attributes::Unknown,
-    };
-    Arc::into_inner(ingest).unwrap().commit(layer.record_name(), record, staged).unwrap();
-    landing.end(End::Verified);
-    entries
-}
-
-fn file() -> impl Strategy<Value = (String, Vec<u8>, bool)> {
-    let size = prop_oneof![0..2000_usize, 500_000..3_000_000_usize];
-    ("[a-d]/[a-z]{1,3}", size, any::<u8>(), any::<bool>())
-        .prop_map(|(name, size, seed, exec)| (name, noise(seed.into(), size), exec))
+    let land = |range: &Range<u64>| land(listed.1, blob, range);
+    arriving::complete(ingest, listed, layer, layer.blob.digest, store, land).unwrap()
 }
 
 proptest! {
@@ -96,17 +52,11 @@ proptest! {
 
     #[test]
     fn in_any_order_a_layer_becomes_what_it_is_in_order(
-        files in prop::collection::vec(file(), 0..6),
+        files in prop::collection::vec(file(500_000..3_000_000), 0..6),
         asked in prop::collection::vec((any::<prop::sample::Index>(), 0..3_000_000_u64), 0..6),
         end in any::<bool>(),
     ) {
-        let mut members = vec![Entry::Dir("d"), Entry::Symlink("l", "a")];
-        members.extend(files.iter().map(|(name, content, exec)| match exec {
-            true => Entry::Exec(name, content),
-            false => Entry::File(name, content),
-        }));
-        members.push(Entry::File("b/.wh.gone", b"marker"));
-        let mut blob = tar(&members);
+        let mut blob = tar(&members(&files));
         if !end {
             // Many tools leave the end marker out.
             blob.truncate(blob.len() - 1024);
@@ -115,35 +65,12 @@ proptest! {
         let (_folder, store) = store();
         let ingest = ingest(&store, &layer);
         let (listing, landing, _) = list(&ingest, layer, &blob);
-        let listed: Vec<_> = listing.files().cloned().collect();
-        for (index, at) in asked {
-            if listed.is_empty() {
-                break;
-            }
-            let file = index.get(&listed);
-            let start = file.offset + at % file.size;
-            let range = start..(start + 5000).min(file.offset + file.size);
-            let mut wait = Box::pin(landing.wait(&range));
-            let here = wait.as_mut().now_or_never();
-            while let Some(piece) = landing.next(true) {
-                prop_assert!(here.is_none() && piece.want == Want::Asked);
-                land(&landing, &blob, &piece.range);
-            }
-            prop_assert_eq!(here.or_else(|| wait.as_mut().now_or_never()), Some(Ok(())));
-            let mut read = vec![0; (range.end - range.start) as usize];
-            landing.open(file.offset).unwrap().read_exact_at(&mut read, start - file.offset).unwrap();
-            prop_assert!(read == blob[range.start as usize..range.end as usize]);
-        }
+        let land = |range: &Range<u64>| land(&landing, &blob, range);
+        ask((&listing, &landing), asked, &blob, land)?;
         let entries = complete(ingest, (&listing, &landing), layer, &blob, &store);
-        prop_assert_eq!(&entries, &plain(layer, &blob));
+        prop_assert_eq!(&entries, &plain(layer, &blob).unwrap());
         prop_assert_eq!(&store.layer_as(&layer, None).unwrap().unwrap().entries, &entries);
-        // What a reader opens now is the object.
-        for file in &listed {
-            let mut read = Vec::new();
-            io::Read::read_to_end(&mut landing.open(file.offset).unwrap(), &mut read).unwrap();
-            let content = file.offset as usize..(file.offset + file.size) as usize;
-            prop_assert!(read == blob[content]);
-        }
+        opens_as((&listing, &landing), &blob)?;
     }
 }
 
@@ -177,7 +104,7 @@ fn small_files_and_heads_come_first_and_then_large_files_by_name() {
         assert!(piece.want == Want::InOrder);
         let file = offsets.iter().rposition(|offset| *offset <= piece.range.start).unwrap();
         at.push((file, piece.range.start - offsets[file] >= HEAD_BYTES));
-        land(&landing, &blob, &piece.range);
+        land(&landing, &blob, &piece.range).unwrap();
     }
     at.dedup();
     // The heads of z and m; then m, then z. What was read for the list, such as all of s, is here.
@@ -205,7 +132,7 @@ fn what_was_asked_for_goes_first_once_and_reading_on_is_foreseen() {
     let next = landing.next(false).unwrap();
     assert_eq!(next, Piece { range: piece.range.end..20_000_000, want: Want::Follows, round: 0 });
     assert_eq!(landing.has(&wanted), Ok(false));
-    land(&landing, &content, &piece.range);
+    land(&landing, &content, &piece.range).unwrap();
     assert!(waits.iter_mut().all(|wait| wait.as_mut().now_or_never() == Some(Ok(()))));
     assert_eq!(landing.has(&wanted), Ok(true));
 }
@@ -267,7 +194,7 @@ fn what_is_given_back_is_fetched_again_and_does_not_land_late() {
     }
     assert!(left.covers(&other.range), "what was under way for nobody comes as well");
     let entries = complete(ingest, (&listing, &landing), layer, &content, &store);
-    assert_eq!(entries, plain(layer, &content));
+    assert_eq!(entries, plain(layer, &content).unwrap());
 }
 
 #[test]
@@ -279,10 +206,10 @@ fn what_was_saved_is_here_the_next_time_and_nothing_else() {
     let right = ingest(&store, &layer);
     let (listing, landing, _) = list(&right, layer, &blob);
     let offset = listing.files().last().unwrap().offset;
-    land(&landing, &blob, &(offset + 1_000_000..offset + 2_000_000));
+    land(&landing, &blob, &(offset + 1_000_000..offset + 2_000_000)).unwrap();
     landing.save(&right).unwrap();
     // Written, and perhaps not on the disk.
-    land(&landing, &blob, &(offset + 2_500_000..offset + 2_600_000));
+    land(&landing, &blob, &(offset + 2_500_000..offset + 2_600_000)).unwrap();
     drop((right, landing));
 
     let store = Store::open(store.root()).unwrap();
@@ -299,5 +226,5 @@ fn what_was_saved_is_here_the_next_time_and_nothing_else() {
     let (listing, landing, _) = list(&right, layer, &blob);
     assert_eq!(landing.has(&(offset + 1_000_000..offset + 1_000_001)), Ok(false));
     let entries = complete(right, (&listing, &landing), layer, &blob, &store);
-    assert_eq!(entries, plain(layer, &blob));
+    assert_eq!(entries, plain(layer, &blob).unwrap());
 }

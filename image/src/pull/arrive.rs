@@ -13,9 +13,11 @@
 //! not be handed a guess.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::layers::{LayerDone, LayerState};
@@ -73,12 +75,10 @@ impl Inner {
     pub(super) async fn list(
         &self,
         ingest: &Arc<Ingest>,
-        source: &Arc<dyn Source>,
-        layer: Layer,
+        from: Origin<'_>,
         diff_id: Option<Digest>,
-        state: &LayerState,
     ) -> Result<Option<Arc<Arrival>>, PullError> {
-        let listed = self.try_list(ingest, source, layer, diff_id, state).await;
+        let listed = self.try_list(ingest, from, diff_id).await;
         if let Err(PullError::Store(_)) = &listed {
             let ingest = Arc::clone(ingest);
             self.disk(move |_| ingest.clear()).await?;
@@ -89,11 +89,10 @@ impl Inner {
     async fn try_list(
         &self,
         ingest: &Arc<Ingest>,
-        source: &Arc<dyn Source>,
-        layer: Layer,
+        from: Origin<'_>,
         diff_id: Option<Digest>,
-        state: &LayerState,
     ) -> Result<Option<Arc<Arrival>>, PullError> {
+        let Origin { source, layer, state } = from;
         let digest = layer.blob.digest;
         match (layer.compression, diff_id) {
             _ if layer.blob.size == 0 => return Ok(None),
@@ -101,7 +100,7 @@ impl Inner {
             (Compression::None, _) => {}
             // Not all bytes of the blob will be seen, so something else is to prove it.
             (_, Some(diff_id)) if layer.content == Content::Tar => {
-                return self.list_packed(ingest, source, layer, diff_id, state).await;
+                return self.list_packed(ingest, from, diff_id).await;
             }
             _ => return Ok(None),
         }
@@ -117,26 +116,28 @@ impl Inner {
         let mut lister = lister.await?;
         while let Some(range) = lister.next_read() {
             let at = range.start;
-            let (from, shown) = (Arc::clone(source), state.clone());
-            let Some(bytes) = self.fetcher.read(from, layer.blob, range, shown).await? else {
-                tracing::warn!(layer = %digest, source = source.name(), "no ranges are served");
-                return Ok(None);
-            };
-            let taken = self.disk(move |_| {
-                let taken = lister.take(at, &bytes);
-                Ok(taken.map(|()| lister))
-            });
+            let Some(bytes) = self.read_listed(from, range).await? else { return Ok(None) };
+            let taken = self.disk(move |_| Ok(lister.take(at, &bytes).map(|()| lister)));
             lister = match taken.await? {
                 Ok(lister) => lister,
                 Err(error) => return unlisted(digest, error),
             };
         }
-        match lister.finish() {
-            Ok((listing, landing)) => {
-                Ok(Some(Arc::new(Arrival { listing, landing, proof: digest, linked })))
-            }
-            Err(error) => unlisted(digest, error),
+        arrives(digest, lister.finish(), digest, linked)
+    }
+
+    /// Reads a part of the layer that its list needs; nothing, and a word about it, where no ranges are served.
+    async fn read_listed(
+        &self,
+        Origin { source, layer, state }: Origin<'_>,
+        range: Range<u64>,
+    ) -> Result<Option<Bytes>, PullError> {
+        let read = self.fetcher.read(Arc::clone(source), layer.blob, range, state.clone()).await?;
+        if read.is_none() {
+            let digest = layer.blob.digest;
+            tracing::warn!(layer = %digest, source = source.name(), "no ranges are served");
         }
+        Ok(read)
     }
 
     /// Fetches, verifies and commits a layer that has been listed. Where somebody streams it, a source that
@@ -307,6 +308,19 @@ fn left(ingest: &Ingest, table: Option<Digest>) -> Result<Ranges, StoreError> {
     match ingest.landed::<Landed>().filter(|landed| landed.table == table) {
         Some(landed) => Ok(landed.here),
         None => ingest.clear().map(|()| Ranges::default()),
+    }
+}
+
+/// A layer whose list is complete, or cannot be.
+fn arrives(
+    layer: Digest,
+    listed: Result<(Listing, Landing), LayerError>,
+    proof: Digest,
+    linked: HashSet<ObjectId>,
+) -> Result<Option<Arc<Arrival>>, PullError> {
+    match listed {
+        Ok((listing, landing)) => Ok(Some(Arc::new(Arrival { listing, landing, proof, linked }))),
+        Err(error) => unlisted(layer, error),
     }
 }
 

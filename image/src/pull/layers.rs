@@ -131,6 +131,7 @@ impl Inner {
         state: &LayerState,
         stop: &CancellationToken,
     ) -> Result<Option<LayerDone>, PullError> {
+        let from = Origin { source, layer, state };
         let digest = layer.blob.digest;
         let stopped =
             || PullError::Cancelled(format!("layer {digest}: stopped, will go on where it was"));
@@ -148,7 +149,7 @@ impl Inner {
                 return Ok(None);
             }
             let ingest = Arc::new(ingest);
-            let listed = self.list(&ingest, source, layer, diff_id, state).await?;
+            let listed = self.list(&ingest, from, diff_id).await?;
             Ok::<_, PullError>(listed.map(|arrival| Ok((ingest, arrival))))
         };
         let listed = tokio::select! {
@@ -169,7 +170,6 @@ impl Inner {
             stop.cancelled().await;
             stopped()
         };
-        let from = Origin { source, layer, state };
         let bringing = self.bring_listed(ingest, &arrival, from, None, stopped);
         bringing.await.map(Some)
     }
@@ -232,17 +232,17 @@ impl Inner {
         };
         // It was begun out of order, and goes on so.
         if ingest.has_landed() {
+            let from = Origin { source, layer, state };
             let shared = Arc::new(ingest);
             let listed = tokio::select! {
                 () = stop.cancelled() => return Err(stopped()),
-                listed = self.list(&shared, source, layer, diff_id, state) => listed?,
+                listed = self.list(&shared, from, diff_id) => listed?,
             };
             if let Some(arrival) = listed {
                 let stopped = async {
                     stop.cancelled().await;
                     stopped()
                 };
-                let from = Origin { source, layer, state };
                 return self.bring_listed(shared, &arrival, from, Some(slot), stopped).await;
             }
             ingest = self.disk(move |_| only(shared)).await?;

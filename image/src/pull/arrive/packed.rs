@@ -7,13 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _};
 
-use super::{Arrival, Origin, left, unlisted};
+use super::{Arrival, Origin, arrives, left, unlisted};
 use crate::digest::Digest;
 use crate::layer::{LayerError, PackedLister, Piece, Unlanded, overlaps};
-use crate::manifest::Layer;
-use crate::pull::layers::LayerState;
 use crate::pull::{Inner, PullError, toc};
-use crate::source::Source;
 use crate::store::{Ingest, StoreError};
 
 /// What is read at once of what lies between frames.
@@ -24,19 +21,14 @@ impl Inner {
     pub(super) async fn list_packed(
         &self,
         ingest: &Arc<Ingest>,
-        source: &Arc<dyn Source>,
-        layer: Layer,
+        from: Origin<'_>,
         diff_id: Digest,
-        state: &LayerState,
     ) -> Result<Option<Arc<Arrival>>, PullError> {
+        let Origin { source, layer, state } = from;
         let (blob, digest) = (layer.blob, layer.blob.digest);
-        let no_ranges = || {
-            tracing::warn!(layer = %digest, source = source.name(), "no ranges are served");
-            Ok(None)
-        };
-        let read = |range| self.fetcher.read(Arc::clone(source), blob, range, state.clone());
+        let read = |range| self.read_listed(from, range);
         let tail = blob.size.saturating_sub(toc::TAIL_BYTES)..blob.size;
-        let Some(bytes) = read(tail.clone()).await? else { return no_ranges() };
+        let Some(bytes) = read(tail.clone()).await? else { return Ok(None) };
         let Some(footer) = toc::footer(&bytes, blob.size, layer.compression) else {
             return Ok(None);
         };
@@ -44,7 +36,7 @@ impl Inner {
         // It may begin before what has come, and end in it.
         let before = footer.toc.start..footer.toc.end.min(tail.start);
         if !before.is_empty() {
-            let Some(bytes) = read(before.clone()).await? else { return no_ranges() };
+            let Some(bytes) = read(before.clone()).await? else { return Ok(None) };
             held.insert(0, (before.start, bytes));
         }
         let parts: Vec<Bytes> = overlaps(&footer.toc, &held).map(|(_, bytes)| bytes).collect();
@@ -74,19 +66,14 @@ impl Inner {
             })
             .buffered(self.fetcher.connections);
         while let Some(bytes) = reads.next().await {
-            let Some(bytes) = bytes? else { return no_ranges() };
+            let Some(bytes) = bytes? else { return Ok(None) };
             let taken = self.disk(move |_| Ok(lister.take(&bytes).map(|()| lister)));
             lister = match taken.await? {
                 Ok(lister) => lister,
                 Err(error) => return unlisted(digest, error),
             };
         }
-        match lister.finish() {
-            Ok((listing, landing)) => {
-                Ok(Some(Arc::new(Arrival { listing, landing, proof: diff_id, linked })))
-            }
-            Err(error) => unlisted(digest, error),
-        }
+        arrives(digest, lister.finish(), diff_id, linked)
     }
 
     /// Fetches a piece that is whole frames. Those that are not what they should be are fetched once

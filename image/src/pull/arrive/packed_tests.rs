@@ -1,25 +1,19 @@
 use std::io::Read as _;
-use std::os::unix::fs::FileExt as _;
 
 use futures_util::FutureExt as _;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::layer::{
-    Chunk, End, Landed, Landing, LayerError, Listing, Plan, Resumed, Verifier, Want,
-};
-use crate::manifest::Compression;
+use crate::layer::{Landed, Landing, LayerError, Listing, Want};
+use crate::manifest::{Compression, Layer};
 use crate::pull::toc;
-use crate::store::{LayerRecord, Store};
+use crate::store::Store;
+use crate::testing::arriving::{self, ask, file, ingest, members, opens_as, plain};
 use crate::testing::{Entry, chunked, layer_of, noise, store};
 use crate::tree::LayerEntry;
 
 const KINDS: [Compression; 2] = [Compression::Zstd, Compression::Gzip];
-
-fn ingest(store: &Store, layer: &Layer) -> Arc<Ingest> {
-    Arc::new(store.ingest(&layer.blob.digest).unwrap().unwrap())
-}
 
 fn contents(layer: Layer, blob: &[u8]) -> Result<crate::layer::Contents, String> {
     let tail = &blob[blob.len().saturating_sub(toc::TAIL_BYTES as usize)..];
@@ -54,69 +48,26 @@ fn land(
     landing: &Landing,
     (layer, blob): (Layer, &[u8]),
     range: &Range<u64>,
-) -> Result<u64, Unlanded> {
+) -> Result<(), Unlanded> {
     let (mut unpack, packed) = landing.unpack(range, layer.compression);
     let bytes = Bytes::copy_from_slice(&blob[packed.start as usize..packed.end as usize]);
     for at in (0..bytes.len()).step_by(77_777) {
         let part = bytes.slice(at..bytes.len().min(at + 77_777));
         landing.land_frames(0, &mut unpack, &[part])?;
     }
-    Ok(packed.end - packed.start)
-}
-
-/// What an ordinary pull makes of the layer.
-fn plain(layer: Layer, blob: &[u8]) -> Result<Vec<LayerEntry>, LayerError> {
-    let (_folder, store) = store();
-    let ingest = store.ingest(&layer.blob.digest)?.unwrap();
-    let mut resumed = Resumed::open(ingest, layer, None)?;
-    resumed.follow(Plan::plain(0..layer.blob.size));
-    let mut chunks = blob
-        .chunks(100_000)
-        .map(|chunk| Chunk { bytes: Bytes::copy_from_slice(chunk), _credit: () });
-    resumed.unpack(|| chunks.next())?;
-    Ok(store.layer_as(&layer, None)?.unwrap().entries)
+    Ok(())
 }
 
 /// Brings the rest and commits it, as `proof` says.
 fn complete(
     ingest: Arc<Ingest>,
-    (listing, landing): (&Listing, &Landing),
+    listed: (&Listing, &Landing),
     (layer, blob): (Layer, &[u8]),
     proof: Digest,
     store: &Store,
 ) -> Result<Vec<LayerEntry>, String> {
-    let mut verifier = Verifier::new();
-    let size = loop {
-        let here = landing.run_from(verifier.at()).now_or_never();
-        if let Some(end) = here {
-            verifier.read(landing, end).unwrap();
-        }
-        let Some(piece) = landing.next(false) else { break landing.size() };
-        land(landing, (layer, blob), &piece.range).map_err(|e| format!("{e:?}"))?;
-    };
-    verifier.read(landing, size).unwrap();
-    if verifier.digest() != proof {
-        return Err("another diff_id".to_owned());
-    }
-    let staged = verifier.finish(landing, store.root()).unwrap();
-    let mut objects = staged.iter().map(|staged| staged.object);
-    let entries = listing.entries(|_| objects.next().unwrap());
-    let record = LayerRecord {
-        digest: layer.blob.digest,
-        size_bytes: layer.blob.size,
-        diff_id: proof,
-        entries: entries.clone(),
-        attributes: crate::tree::Attributes::Unknown,
-    };
-    Arc::into_inner(ingest).unwrap().commit(layer.record_name_as(&proof), record, staged).unwrap();
-    landing.end(End::Verified);
-    Ok(entries)
-}
-
-fn file() -> impl Strategy<Value = (String, Vec<u8>, bool)> {
-    let size = prop_oneof![0..2000_usize, 900_000..3_500_000_usize];
-    ("[a-d]/[a-z]{1,3}", size, any::<u8>(), any::<bool>())
-        .prop_map(|(name, size, seed, exec)| (name, noise(seed.into(), size), exec))
+    let land = |range: &Range<u64>| land(listed.1, (layer, blob), range);
+    arriving::complete(ingest, listed, layer, proof, store, land)
 }
 
 proptest! {
@@ -124,42 +75,19 @@ proptest! {
 
     #[test]
     fn in_any_order_a_layer_becomes_what_it_is_in_order(
-        files in prop::collection::vec(file(), 0..5),
+        files in prop::collection::vec(file(900_000..3_500_000), 0..5),
         asked in prop::collection::vec((any::<prop::sample::Index>(), 0..3_500_000_u64), 0..6),
         kind in prop::sample::select(&KINDS[..]),
         chunk in prop::sample::select(vec![60_000, 400_001, 1 << 20, 4 << 20]),
         piece in prop::sample::select(vec![1000_u64, 300_000]),
     ) {
-        let mut members = vec![Entry::Dir("d"), Entry::Symlink("l", "a")];
-        members.extend(files.iter().map(|(name, content, exec)| match exec {
-            true => Entry::Exec(name, content),
-            false => Entry::File(name, content),
-        }));
-        members.push(Entry::File("b/.wh.gone", b"marker"));
-        let (tar, blob) = chunked(&members, (kind, chunk), &|_| {});
+        let (tar, blob) = chunked(&members(&files), (kind, chunk), &|_| {});
         let layer = layer_of(&blob, kind);
         let (_folder, store) = store();
         let ingest = ingest(&store, &layer);
         let (listing, landing, _) = list(&ingest, layer, &blob, piece).unwrap();
-        let listed: Vec<_> = listing.files().cloned().collect();
-        for (index, at) in asked {
-            if listed.is_empty() {
-                break;
-            }
-            let file = index.get(&listed);
-            let start = file.offset + at % file.size;
-            let range = start..(start + 5000).min(file.offset + file.size);
-            let mut wait = Box::pin(landing.wait(&range));
-            let here = wait.as_mut().now_or_never();
-            while let Some(piece) = landing.next(true) {
-                prop_assert!(here.is_none() && piece.want == Want::Asked);
-                land(&landing, (layer, &blob), &piece.range).unwrap();
-            }
-            prop_assert_eq!(here.or_else(|| wait.as_mut().now_or_never()), Some(Ok(())));
-            let mut read = vec![0; (range.end - range.start) as usize];
-            landing.open(file.offset).unwrap().read_exact_at(&mut read, start - file.offset).unwrap();
-            prop_assert!(read == tar[range.start as usize..range.end as usize]);
-        }
+        let land = |range: &Range<u64>| land(&landing, (layer, &blob), range);
+        ask((&listing, &landing), asked, &tar, land)?;
         let of_blob = (layer, &blob[..]);
         let proof = Digest::of(&tar);
         let entries = complete(ingest, (&listing, &landing), of_blob, proof, &store).unwrap();
@@ -167,11 +95,7 @@ proptest! {
         let record = store.layer_as(&layer, Some(&proof)).unwrap().unwrap();
         prop_assert_eq!(&record.entries, &entries);
         prop_assert!(store.layer_as(&layer, None).unwrap().is_none(), "the blob was not seen");
-        for file in &listed {
-            let mut read = Vec::new();
-            landing.open(file.offset).unwrap().read_to_end(&mut read).unwrap();
-            prop_assert!(read == tar[file.offset as usize..(file.offset + file.size) as usize]);
-        }
+        opens_as((&listing, &landing), &tar)?;
     }
 
     #[test]
