@@ -20,6 +20,7 @@ pub mod cri;
 pub mod gpu;
 pub mod http;
 pub mod logging;
+mod memory;
 pub mod metrics;
 pub mod output;
 pub mod page_cache;

@@ -35,6 +35,7 @@ use crate::config::Config;
 use crate::cri;
 use crate::gpu::{self, GpuHandle};
 use crate::http::{self, Pages};
+use crate::memory;
 use crate::metrics::Metrics;
 use crate::prepull::{self, IntoRuntime, Prepull};
 use crate::scrub;
@@ -259,6 +260,12 @@ impl Agent {
         rest.start(|stop| async move {
             keeper.run(stop).await;
             Ok(())
+        });
+        rest.start(|stop| async move {
+            tokio::select! {
+                () = stop.cancelled() => Ok(()),
+                never = memory::give_back() => match never {},
+            }
         });
         let pages = Pages {
             node_name: config.node_name.clone(),

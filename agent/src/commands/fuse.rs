@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::open_puller;
 use crate::cli::FuseArgs;
 use crate::config::Config;
+use crate::memory;
 
 pub(super) async fn run(mut config: Config, arguments: &FuseArgs) -> anyhow::Result<()> {
     arguments.registry.apply(&mut config);
@@ -31,7 +32,10 @@ pub(super) async fn run(mut config: Config, arguments: &FuseArgs) -> anyhow::Res
         read_timeout: config.stream.read_timeout,
         until_idle: arguments.until_idle,
     };
-    Ok(serve(open_puller(&config)?, options, told).await?)
+    tokio::select! {
+        served = serve(open_puller(&config)?, options, told) => Ok(served?),
+        never = memory::give_back() => match never {},
+    }
 }
 
 /// Starts such a process with this configuration, detached: it goes on when the agent ends. `None` where
