@@ -1,19 +1,17 @@
 //! Files that the store and containerd share: taken over from its snapshots, and published to it.
 
-use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use carport_image::runtime::{Namespace, Publication, Runtime, RuntimeOptions};
 use carport_image::{Reference, Store};
 use carport_tests::containerd::Containerd;
-use carport_tests::registry::Registry;
 
 use crate::containerd::NAMESPACE;
 use crate::measure::{accounts, run as measure};
-use crate::pull::{fresh, pull, write_model};
+use crate::model::Model;
+use crate::pull::fresh;
 use crate::report::{Figure, Report};
 
 const FILES: usize = 2;
@@ -21,29 +19,14 @@ const FILE_BYTES: usize = 1 << 30;
 const RUNS: usize = 5;
 
 pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<()> {
-    let registry =
-        Registry::start().context("docker-registry is not installed: run `make setup`")?;
-    let folder = tempfile::Builder::new().prefix("carport-bench").tempdir()?;
-    let Some(containerd) = Containerd::start(folder.path())? else { return Ok(()) };
-    let model = folder.path().join("model");
-    write_model(&model, FILES, FILE_BYTES)?;
-    let reference = format!("{}/bench/model:v1", registry.host());
-    let pack = ["pack", "--plain-http", registry.host()];
-    let packed = Command::new(carport).args(pack).arg(&model).arg(&reference).output()?;
-    ensure!(packed.status.success(), "pack: {}", String::from_utf8_lossy(&packed.stderr));
-    fs::remove_dir_all(&model)?;
-    containerd.run(NAMESPACE, &["images", "pull", "--plain-http", &reference])?;
-    let (config, socket) = (folder.path().join("config.yaml"), containerd.socket());
-    let text =
-        format!("runtime: {{containerd: {{enabled: true, socket: {}}}}}\n", socket.display());
-    fs::write(&config, text)?;
-
-    let root = folder.path().join("store");
+    let model = Model::pack(carport, FILES, FILE_BYTES)?;
+    let (root, reference) = (model.root(), &model.reference);
+    let Some(containerd) = Containerd::start(model.folder.path())? else { return Ok(()) };
+    containerd.run(NAMESPACE, &["images", "pull", "--plain-http", reference])?;
     let mut written = vec![];
     for _ in 0..RUNS {
         fresh(&root)?;
-        let mut taking = pull(carport, &registry, &root, &reference);
-        let cost = measure(taking.arg("--config").arg(&config))?;
+        let cost = measure(&mut model.pull_beside(&containerd, carport)?)?;
         written.push(cost.written_bytes / (FILES * FILE_BYTES) as f64);
     }
     report.add(Figure {
@@ -59,9 +42,9 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
     for lease in leases.lines() {
         containerd.run(NAMESPACE, &["leases", "rm", lease])?;
     }
-    containerd.run(NAMESPACE, &["images", "rm", "--sync", &reference])?;
+    containerd.run(NAMESPACE, &["images", "rm", "--sync", reference])?;
     let namespaces = Namespace::parse(NAMESPACE).into_iter().collect();
-    let runtime = Runtime::new(RuntimeOptions { socket, namespaces });
+    let runtime = Runtime::new(RuntimeOptions { socket: containerd.socket(), namespaces });
     let store = Store::open(&root)?;
     let name: Reference = reference.parse()?;
     let image = store.lookup(&name)?.context("the image is not in the store")?;

@@ -20,7 +20,7 @@ use rustix::process::Pid;
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use crate::measure::accounts;
+use crate::measure::{accounts, resident};
 use crate::report::{Figure, Report, quantile};
 
 const MODELS: usize = 1_000;
@@ -213,7 +213,7 @@ async fn watch(node: &Node, references: &[String], report: &mut Report) -> anyho
     report.add(Figure {
         name: "watch_memory_bytes",
         unit: "B",
-        values: vec![resident(node.pid())?],
+        values: vec![resident(pid)?],
         peer: None,
         setup: "resident memory of the agent then",
     })
@@ -237,7 +237,7 @@ async fn idle(node: &Node, report: &mut Report) -> anyhow::Result<()> {
     report.add(Figure {
         name: "agent_idle_memory_bytes",
         unit: "B",
-        values: vec![resident(node.pid())?],
+        values: vec![resident(pid)?],
         peer: None,
         setup: "its resident memory then",
     })
@@ -245,12 +245,4 @@ async fn idle(node: &Node, report: &mut Report) -> anyhow::Result<()> {
 
 fn named(reference: &str) -> v1::ModelRef {
     v1::ModelRef { reference: reference.to_owned(), ..Default::default() }
-}
-
-#[allow(clippy::cast_precision_loss, reason = "fewer than 2^53 bytes")]
-fn resident(pid: u32) -> anyhow::Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.context("no VmRSS in /proc/<pid>/status")?.trim().trim_end_matches(" kB");
-    Ok(kib.parse::<u64>()? as f64 * 1024.0)
 }

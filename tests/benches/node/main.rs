@@ -13,10 +13,12 @@ use anyhow::Context as _;
 
 mod containerd;
 mod finetune;
+mod fuse;
 mod ingest;
 mod links;
 mod locality;
 mod measure;
+mod model;
 mod packed;
 mod podman;
 mod publish;
@@ -65,6 +67,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if wanted("locality") {
         locality::run(carport, &mut report).await.context("bench of the API")?;
+    }
+    if wanted("fuse") {
+        fuse::run(carport, &mut report).await.context("bench of the sessions' process")?;
     }
     if wanted("stream") {
         stream::run(carport, &mut report).context("bench of streaming")?;

@@ -81,14 +81,22 @@ fn reap(child: &mut Child, command: &Command) -> anyhow::Result<()> {
 }
 
 fn peak_memory(pid: Pid) -> f64 {
-    let status = format!("/proc/{}/status", pid.as_raw_nonzero());
     let mut peak = 0.0;
-    while let Some(kib) = std::fs::read_to_string(&status).ok().and_then(|status| {
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-        line.trim().trim_end_matches(" kB").parse::<f64>().ok()
-    }) {
-        peak = kib * 1024.0;
+    while let Ok(bytes) = memory(pid, "VmHWM:") {
+        peak = bytes;
         std::thread::sleep(MEMORY_POLL);
     }
     peak
+}
+
+/// Resident memory of a process, in bytes.
+pub(crate) fn resident(pid: Pid) -> anyhow::Result<f64> {
+    memory(pid, "VmRSS:")
+}
+
+fn memory(pid: Pid, field: &str) -> anyhow::Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero()))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    let kib = line.with_context(|| format!("no {field} in /proc/<pid>/status"))?;
+    Ok(kib.trim().trim_end_matches(" kB").parse::<f64>()? * 1024.0)
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::containerd::Containerd;
 use crate::measure::{Cost, run as measure};
+use crate::model::{Model, REPOSITORY};
 use crate::podman::Podman;
 use crate::report::{Figure, Report};
 
@@ -19,20 +20,9 @@ const FILE_BYTES: usize = 150 * 1024 * 1024;
 const RUNS: usize = 5;
 
 pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<()> {
-    let registry =
-        Registry::start().context("docker-registry is not installed: run `make setup`")?;
-    let folder = tempfile::Builder::new().prefix("carport-bench").tempdir()?;
-    let model = folder.path().join("model");
-    write_model(&model, FILES, FILE_BYTES)?;
-    let reference = format!("{}/bench/model:v1", registry.host());
-    let packed = Command::new(carport)
-        .args(["pack", "-o", "json", "--plain-http", registry.host()])
-        .arg(&model)
-        .arg(&reference)
-        .output()?;
-    ensure!(packed.status.success(), "pack: {}", String::from_utf8_lossy(&packed.stderr));
-    fs::remove_dir_all(&model)?;
-    let blobs = blobs(&registry, "bench/model", &reference)?;
+    let model = Model::pack(carport, FILES, FILE_BYTES)?;
+    let (registry, folder, reference) = (&model.registry, &model.folder, &model.reference);
+    let blobs = model.blobs()?;
     let image_bytes = (FILES * FILE_BYTES) as f64;
 
     let with_skopeo = installed("skopeo");
@@ -45,24 +35,24 @@ pub(crate) async fn run(carport: &Path, report: &mut Report) -> anyhow::Result<(
     for round in 0..=RUNS {
         print!("\rpull: round {round} of {RUNS} ");
         std::io::stdout().flush()?;
-        let root = folder.path().join("store");
-        let cost = measure(&mut pull(carport, &registry, &root, &reference))?;
+        let root = model.root();
+        let cost = measure(&mut model.pull(carport))?;
         disk = objects_bytes(&root)?;
         fresh(&root)?;
         let peer = folder.path().join("peer");
-        let skopeo_cost = if with_skopeo { Some(copy(&peer, &reference)?) } else { None };
+        let skopeo_cost = if with_skopeo { Some(copy(&peer, reference)?) } else { None };
         fresh(&peer)?;
-        let limit_cost = download(&peer, &registry, &blobs)?;
+        let limit_cost = download(&peer, registry, &blobs)?;
         fresh(&peer)?;
         let containerd_cost = match &containerd {
             Some(containerd) => {
-                let cost = containerd.pull(&reference)?;
-                containerd.remove(&reference)?;
+                let cost = containerd.pull(reference)?;
+                containerd.remove(reference)?;
                 Some(cost)
             }
             None => None,
         };
-        let podman_cost = podman.as_ref().map(|podman| podman.pull(&reference)).transpose()?;
+        let podman_cost = podman.as_ref().map(|podman| podman.pull(reference)).transpose()?;
         if round > 0 {
             podmans.extend(podman_cost);
             ours.push(cost);
@@ -166,7 +156,7 @@ fn download(folder: &Path, registry: &Registry, blobs: &[String]) -> anyhow::Res
         let file = folder.join(blob.replace(':', "-"));
         hash.arg(&file);
         curl.arg("--output").arg(file);
-        curl.arg(format!("http://{}/v2/bench/model/blobs/{blob}", registry.host()));
+        curl.arg(format!("http://{}/v2/{REPOSITORY}/blobs/{blob}", registry.host()));
     }
     let mut sync = Command::new("sync");
     sync.arg("--file-system").arg(folder);

@@ -8,12 +8,12 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
-use carport_tests::registry::Registry;
 use rustix::fs::Advice;
 use rustix::process::Pid;
 
 use crate::measure::accounts;
-use crate::pull::{fresh, write_model};
+use crate::model::Model;
+use crate::pull::fresh;
 use crate::report::{Figure, Report};
 
 const FILES: usize = 2;
@@ -21,29 +21,6 @@ const FILE_BYTES: usize = 256 * 1024 * 1024;
 const LINK_BYTES_PER_SECOND: f64 = 100e6;
 const READ_BYTES: usize = 1024 * 1024;
 const RUNS: usize = 5;
-
-/// A registry with a model of two files, and the model's reference.
-struct Setup {
-    registry: Registry,
-    folder: tempfile::TempDir,
-    reference: String,
-}
-
-impl Setup {
-    fn new(carport: &Path) -> anyhow::Result<Self> {
-        let registry =
-            Registry::start().context("docker-registry is not installed: run `make setup`")?;
-        let folder = tempfile::Builder::new().prefix("carport-bench").tempdir()?;
-        let model = folder.path().join("model");
-        write_model(&model, FILES, FILE_BYTES)?;
-        let reference = format!("{}/bench/stream:v1", registry.host());
-        let mut pack = Command::new(carport);
-        pack.args(["pack", "--plain-http", registry.host()]).arg(&model).arg(&reference);
-        done(&mut pack)?;
-        fs::remove_dir_all(&model)?;
-        Ok(Self { registry, folder, reference })
-    }
-}
 
 /// What is read of the image that arrives.
 #[derive(Clone, Copy)]
@@ -54,7 +31,7 @@ enum Read {
 }
 
 pub(crate) fn run(carport: &Path, report: &mut Report) -> anyhow::Result<()> {
-    let Setup { registry, folder, reference } = Setup::new(carport)?;
+    let Model { registry, folder, reference } = Model::pack(carport, FILES, FILE_BYTES)?;
     let config = folder.path().join("carport.yaml");
     fs::write(&config, "pull:\n  bandwidth: 100MB/s\n")?;
     let (root, target) = (folder.path().join("store"), folder.path().join("mount"));
@@ -119,7 +96,7 @@ pub(crate) fn run(carport: &Path, report: &mut Report) -> anyhow::Result<()> {
 
 /// Reads what has arrived, through the mount that it arrived under and beside it in the store.
 pub(crate) fn local(carport: &Path, report: &mut Report) -> anyhow::Result<()> {
-    let Setup { registry, folder, reference } = Setup::new(carport)?;
+    let Model { registry, folder, reference } = Model::pack(carport, FILES, FILE_BYTES)?;
     let (root, target) = (folder.path().join("store"), folder.path().join("mount"));
     let base = |command: &str| {
         let mut carport = Command::new(carport);
