@@ -2,9 +2,12 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Instant;
 
 use super::super::{PullOptions, PullPolicy, PullRequest, Pulled};
 use super::*;
+use crate::manifest::Compression;
+use crate::reference::Reference;
 use crate::source::{RegistryOptions, Sources};
 use crate::testing::{Entry, Layout, listing, noise, tar};
 

@@ -23,7 +23,7 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Certificate, ClientBuilder, Identity, Url};
 use serde::Deserialize;
 
-use super::is_listed;
+use super::client::is_listed;
 use crate::source::SourceError;
 
 /// `hosts.toml` and certificates are a few KiB.

@@ -139,7 +139,7 @@ impl Upload {
     }
 
     fn pulling(&self, method: Method, url: &Url) -> RequestBuilder {
-        self.repository.client.http.pulling.request(method, url.clone())
+        self.repository.client.pulling().request(method, url.clone())
     }
 
     fn plain(&self, method: Method, url: &Url) -> RequestBuilder {
