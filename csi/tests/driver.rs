@@ -4,17 +4,15 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::io::{BufRead as _, BufReader, ErrorKind, Read as _};
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use carport_csi::driver::ServeError;
-use carport_csi::fuse::{self, FuseMount};
-use carport_csi::mount::{KernelMounter, Tree};
+use carport_csi::mount::KernelMounter;
 use carport_csi::volume::LayoutFolders;
 use carport_csi::{BindError, Call, Driver, DriverConfig, RegistrationState, Volumes, code_name};
 use carport_proto::client::{ConnectError, connect};
@@ -36,15 +34,16 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tonic::{Code, Request, Status};
 
+#[path = "driver/dead.rs"]
+mod dead;
+#[path = "driver/registration.rs"]
+mod registration;
 #[path = "../src/testing.rs"]
 mod testing;
 
 use testing::{GatedRegistry, World};
 
 const NAME: &str = "csi.carport.dev";
-
-const TREE: &str = "CARPORT_TEST_TREE";
-const TARGET: &str = "CARPORT_TEST_TARGET";
 
 /// A driver that serves, and what the kubelet would do to it.
 struct Node {
@@ -223,51 +222,6 @@ async fn wait_for(path: &Path) -> PathBuf {
     path.to_owned()
 }
 
-/// What tidies up takes the driver away with it only until the driver notices.
-#[test]
-fn a_registration_socket_that_is_taken_away_comes_back() {
-    testing::in_mount_namespace_async("a_registration_socket_comes_back", || async {
-        let world = World::new(None);
-        let node = Node::start(&world);
-        let socket = node.config.registration().unwrap().to_owned();
-        wait_for(&socket).await;
-        for _ in 0..3 {
-            fs::remove_file(&socket).unwrap();
-            wait_for(&socket).await;
-            assert_eq!(*node.registration.borrow(), RegistrationState::Waiting, "for the kubelet");
-            let channel = connect(&socket).await.unwrap();
-            let mut kubelet = RegistrationClient::new(channel);
-            let info = kubelet.get_info(InfoRequest {}).await.unwrap();
-            assert_eq!(info.into_inner().name, NAME);
-            let status = RegistrationStatus { plugin_registered: true, error: String::new() };
-            kubelet.notify_registration_status(status).await.unwrap();
-            assert_eq!(*node.registration.borrow(), RegistrationState::Registered);
-        }
-        // Nothing is left under another name, and nothing after the end.
-        let folder = socket.parent().unwrap();
-        assert_eq!(fs::read_dir(folder).unwrap().count(), 1);
-        node.stop().await;
-        assert_eq!(fs::read_dir(folder).unwrap().count(), 0);
-    });
-}
-
-/// A successor's socket is not ours to replace.
-#[test]
-fn a_registration_socket_that_another_agent_put_in_place_is_left_alone() {
-    testing::in_mount_namespace_async("another_agents_registration_socket", || async {
-        let world = World::new(None);
-        let node = Node::start(&world);
-        let socket = node.config.registration().unwrap().to_owned();
-        wait_for(&socket).await;
-        let other = socket.with_extension("other");
-        let _listener = UnixListener::bind(&other).unwrap();
-        fs::rename(&other, &socket).unwrap();
-        let inode = fs::metadata(&socket).unwrap().ino();
-        node.stop().await;
-        assert_eq!(fs::metadata(&socket).unwrap().ino(), inode);
-    });
-}
-
 #[test]
 fn identity_says_who_it_is() {
     testing::in_mount_namespace_async("identity_says_who_it_is", || async {
@@ -439,114 +393,6 @@ fn a_kubelet_that_restarts_registers_and_publishes_again() {
         node.unpublish("csi-a", &target).await.unwrap();
         node.stop().await;
     });
-}
-
-#[test]
-fn a_dead_mount_is_reported_and_published_over() {
-    testing::in_mount_namespace_async("a_dead_mount_is_reported", || async {
-        let world = World::new(None);
-        let image = world.pack("v1", &[("weights", "weights")]).await;
-        let node = Node::start(&world);
-        let target = world.target("a");
-        node.publish(request("csi-a", &target, &image)).await.unwrap();
-        if !testing::mount_dead_fuse(&target) {
-            return;
-        }
-        let condition = node.stats("csi-a", &text(&target)).await.unwrap().volume_condition;
-        let condition = condition.unwrap();
-        assert!(condition.abnormal);
-        assert!(condition.message.starts_with("a dead mount is at "), "{}", condition.message);
-        node.publish(request("csi-a", &target, &image)).await.unwrap();
-        assert_eq!(fs::read_to_string(target.join("weights")).unwrap(), "weights");
-        assert!(testing::mount_dead_fuse(&target));
-        node.unpublish("csi-a", &target).await.unwrap();
-        assert!(!target.exists());
-        node.stop().await;
-    });
-}
-
-/// As a streaming volume whose session is alive and does nothing.
-#[test]
-fn a_hung_mount_holds_up_neither_stats_nor_publish_nor_unpublish() {
-    if let Err(error) = fuse::check() {
-        println!("a_hung_mount_holds_up_nothing: skipped: {error}");
-        return;
-    }
-    testing::in_mount_namespace_async("a_hung_mount_holds_up_nothing", || async {
-        let world = World::new(None);
-        let image = world.pack("v1", &[("weights", "weights")]).await;
-        let node = Node::start(&world);
-        let target = world.target("a");
-        node.publish(request("csi-a", &target, &image)).await.unwrap();
-        let server = StoppedServer::start(&world.folder.path().join("store"));
-        let began = Instant::now();
-        server.mount_at(&target);
-        for _ in 0..3 {
-            let stats = node.stats("csi-a", &text(&target)).await.unwrap();
-            assert_eq!(stats.usage.len(), 2, "usage is told all the same");
-            let condition = stats.volume_condition.unwrap();
-            assert!(condition.abnormal);
-            assert!(condition.message.starts_with("a dead mount is at "), "{condition:?}");
-        }
-        // After a restart of the kubelet.
-        node.publish(request("csi-a", &target, &image)).await.unwrap();
-        assert_eq!(fs::read_to_string(target.join("weights")).unwrap(), "weights");
-
-        server.mount_at(&target);
-        node.unpublish("csi-a", &target).await.unwrap();
-        assert!(!target.exists());
-        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
-        node.stop().await;
-    });
-}
-
-/// A session in a process of its own, which is stopped while it serves.
-struct StoppedServer {
-    process: std::process::Child,
-    folder: tempfile::TempDir,
-}
-
-impl StoppedServer {
-    fn start(tree: &Path) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let mut process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "serve", "--nocapture"])
-            .env(TREE, tree)
-            .env(TARGET, folder.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        assert!(lines.any(|line| line.unwrap().ends_with("serving")), "the server ended");
-        let id = rustix::process::Pid::from_child(&process);
-        rustix::process::kill_process(id, rustix::process::Signal::STOP).unwrap();
-        Self { process, folder }
-    }
-
-    fn mount_at(&self, target: &Path) {
-        rustix::mount::mount_bind(self.folder.path(), target).unwrap();
-    }
-}
-
-impl Drop for StoppedServer {
-    fn drop(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-        fuse::unmount(self.folder.path()).unwrap();
-    }
-}
-
-/// No test of its own: what a [`StoppedServer`] runs.
-#[test]
-fn serve() {
-    let (Some(tree), Some(target)) = (std::env::var_os(TREE), std::env::var_os(TARGET)) else {
-        return;
-    };
-    let tree = Tree { rootfs: tree.into(), path: None };
-    let _mount = FuseMount::mount(&tree, Path::new(&target)).unwrap();
-    println!("serving");
-    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
 }
 
 #[test]
