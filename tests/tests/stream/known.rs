@@ -29,7 +29,7 @@ async fn over_a_base(kind: &str) -> (Image, Image) {
             }
             (Image::of(&[tar.end()]), raw(&tune))
         }
-        _ => (raw(&base), image_of(&packed_layer(kind, tune))),
+        _ => (raw(&base), image_of(&[packed_layer(kind, tune)])),
     }
 }
 
