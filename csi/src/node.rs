@@ -313,6 +313,7 @@ fn stats_code(error: &StatsError) -> Code {
     match error {
         StatsError::NotFound { .. } => Code::NotFound,
         StatsError::Store(error) => store_code(error),
+        StatsError::Hung(_) => Code::Unavailable,
     }
 }
 

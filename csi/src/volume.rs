@@ -64,8 +64,8 @@ use disk::{Disk, Standing, Wanted};
 use streaming::Streamed;
 use targets::Targets;
 
-/// A mount that does not answer for so long counts as broken: the kubelet asks once a
-/// minute for each volume and must never hang on one.
+/// A mount, or the disk of the records, that does not answer for so long counts as broken: the kubelet asks
+/// once a minute for each volume and must never hang on one.
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Publishes images as volumes. Clones share all state.
@@ -86,6 +86,9 @@ struct Inner {
     changes: watch::Sender<u64>,
     /// Held shared while a session's volume is made, and alone while sessions without volumes end.
     making: Arc<tokio::sync::RwLock<()>>,
+    /// Moves into the reading of a record for statistics: a disk that hangs holds one thread, however often
+    /// the kubelet asks.
+    stats_turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// A volume to publish.
@@ -179,6 +182,7 @@ impl Volumes {
                 stop: CancellationToken::new(),
                 changes: watch::Sender::new(0),
                 making: Arc::default(),
+                stats_turn: Arc::default(),
             }),
             access: None,
             max_pin: Duration::ZERO,
@@ -330,14 +334,25 @@ impl Volumes {
     ///
     /// # Errors
     ///
-    /// [`StatsError::NotFound`] when this volume is not published at this target.
+    /// [`StatsError::NotFound`] when this volume is not published at this target;
+    /// [`StatsError::Hung`] when the store's disk does not answer.
     pub async fn stats(
         &self,
         volume_id: &VolumeId,
         target: &TargetPath,
     ) -> Result<VolumeStats, StatsError> {
         let (disk, id, path) = (self.inner.disk.clone(), volume_id.clone(), target.clone());
-        let record = blocking(move || disk.published(&id, &path)).await?;
+        let looked = async {
+            let turn = Arc::clone(&self.inner.stats_turn).lock_owned().await;
+            blocking(move || {
+                let _turn = turn;
+                disk.published(&id, &path)
+            })
+            .await
+        };
+        let record = tokio::time::timeout(STATS_TIMEOUT, looked)
+            .await
+            .unwrap_or_else(|_| Err(StatsError::Hung(STATS_TIMEOUT)))?;
         let (disk, path, stream) = (self.inner.disk.clone(), target.clone(), record.stream);
         if stream && let Some(condition) = self.session_condition(&record.digest) {
             return Ok(VolumeStats { bytes: record.bytes, files: record.files, condition });

@@ -1,6 +1,7 @@
 //! Why a volume could not be published or looked at.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use carport_image::PullError;
 use carport_image::pull::PullProgress;
@@ -132,4 +133,7 @@ pub enum StatsError {
     /// The record could not be read.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The disk with the records says nothing.
+    #[error("the volumes' records: the store's disk did not answer for {} s", .0.as_secs())]
+    Hung(Duration),
 }

@@ -2,15 +2,21 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use carport_csi::fuse::{self, FuseMount};
 use carport_csi::mount::Tree;
+use futures_util::future::join_all;
+use rustix::mount::UnmountFlags;
+use tonic::Code;
 
 use super::testing::{self, World};
 use super::{Node, request, text};
+
+/// More than there are threads without them.
+const CALLS: usize = 50;
 
 const TREE: &str = "CARPORT_TEST_TREE";
 const TARGET: &str = "CARPORT_TEST_TARGET";
@@ -72,6 +78,42 @@ fn a_hung_mount_holds_up_neither_stats_nor_publish_nor_unpublish() {
         assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
         node.stop().await;
     });
+}
+
+#[test]
+fn a_hung_disk_of_records_holds_up_no_stats_and_one_thread() {
+    testing::in_mount_namespace_async("a_hung_disk_of_records", || async {
+        let world = World::new(None);
+        let image = world.pack("v1", &[("weights", "weights")]).await;
+        let node = Node::start(&world);
+        let target = world.target("a");
+        node.publish(request("csi-a", &target, &image)).await.unwrap();
+        let records = world.store.root().join("volumes");
+        let Some(disk) = testing::mount_hung_fuse(&records) else { return };
+        let (path, began) = (text(&target), Instant::now());
+        for answer in join_all((0..CALLS).map(|_| node.stats("csi-a", &path))).await {
+            let error = answer.unwrap_err();
+            assert_eq!(error.code(), Code::Unavailable, "{error}");
+            assert!(error.message().contains("did not answer for 5 s"), "{error}");
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+        // Those of this test alone are in its namespace.
+        let threads = fs::read_dir("/proc/self/task").unwrap();
+        let namespaces = threads.filter_map(|thread| namespace(&thread.unwrap().path()));
+        let here = namespace(Path::new("/proc/thread-self"));
+        let threads = namespaces.filter(|one| here.as_ref() == Some(one)).count();
+        assert!(threads < CALLS / 2, "{threads} threads after {CALLS} calls");
+        // It answers again.
+        drop(disk);
+        rustix::mount::unmount(&records, UnmountFlags::DETACH).unwrap();
+        node.stats("csi-a", &path).await.unwrap();
+        node.unpublish("csi-a", &target).await.unwrap();
+        node.stop().await;
+    });
+}
+
+fn namespace(thread: &Path) -> Option<PathBuf> {
+    fs::read_link(thread.join("ns/mnt")).ok()
 }
 
 /// A session in a process of its own, which is stopped while it serves.
