@@ -6,7 +6,7 @@
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use rustix::process::{Pid, Signal};
@@ -15,6 +15,9 @@ use crate::registry::installed;
 
 /// Which containerd to run.
 const BINARY: &str = "CARPORT_TEST_CONTAINERD";
+
+/// How long it may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A containerd, without CRI where nothing else is said; killed when dropped.
 pub struct Containerd {
@@ -182,13 +185,16 @@ impl Containerd {
     }
 
     fn wait(&self) -> anyhow::Result<()> {
-        for _ in 0..100 {
-            if self.ctr("default", &["version"]).output()?.status.success() {
-                return Ok(());
+        let start = Instant::now();
+        while let Err(error) = self.run("default", &["version"]) {
+            if start.elapsed() > PATIENCE {
+                return Err(
+                    error.context(format!("containerd does not answer within {PATIENCE:?}"))
+                );
             }
-            std::thread::sleep(Duration::from_millis(100));
+            std::thread::sleep(Duration::from_millis(20));
         }
-        bail!("containerd does not answer after 10 s")
+        Ok(())
     }
 }
 

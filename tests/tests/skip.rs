@@ -5,13 +5,13 @@
 use std::collections::BTreeSet;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use carport_image::pull::{PullOptions, PullRequest, Pulled};
 use carport_image::{Digest, Puller, Store};
 use carport_tests::images::{Image, noise};
 use carport_tests::layouts::{Files, Layer, Layout, files_below, tools};
 use carport_tests::models::{reference, sources};
+use carport_tests::node::eventually;
 use carport_tests::registry::installed;
 use carport_tests::scripted::{Gate, Scripted};
 use serde_json::{Value, json};
@@ -355,12 +355,8 @@ async fn a_pull_that_was_stopped_goes_on_and_still_skips() {
     let handle = node.puller.start(PullRequest::new(reference(&place)));
     // The files before it are taken, and what the gate lets pass of it has come.
     let until = half_of_the_new - LOOK_BYTES;
-    let arrived = async {
-        while handle.progress().done_bytes < until || !node.writes_behind(3) {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), arrived).await.unwrap();
+    let arrived = async || handle.progress().done_bytes >= until && node.writes_behind(3);
+    eventually("half of it has arrived", arrived).await;
     node.puller.shutdown().await;
     handle.wait().await.unwrap_err();
     gate.open();

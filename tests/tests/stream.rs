@@ -19,6 +19,7 @@ use carport_image::{Digest, PullError, Puller, Store};
 use carport_tests::images::{Image, Tar, noise};
 use carport_tests::layouts::{Files, Layer, Layout, files_below, tools};
 use carport_tests::models::{reference, sources};
+use carport_tests::node::eventually;
 use carport_tests::registry::installed;
 use carport_tests::scripted::{Answer, Gate, Request, Scripted};
 use serde_json::json;
@@ -484,12 +485,8 @@ async fn readers_recover_when_a_registry_that_went_away_is_back() {
         assert!(tokio::time::timeout(Duration::from_millis(300), early).await.is_err(), "{kind}");
         let patient = first.clone();
         let waiting = tokio::spawn(async move { patient.wait(HELD.0..HELD.0 + 1).await });
-        let trouble = async {
-            while arriving.trouble().is_none_or(|why| !why.contains("503")) {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        tokio::time::timeout(PATIENT, trouble).await.expect("trouble is told");
+        let trouble = async || arriving.trouble().is_some_and(|why| why.contains("503"));
+        eventually("trouble is told", trouble).await;
         assert!(tokio::time::timeout(Duration::ZERO, pull.wait()).await.is_err(), "{kind}");
 
         away.store(false, Ordering::Relaxed);

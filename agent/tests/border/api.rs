@@ -11,7 +11,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 use tonic_types::StatusExt as _;
 
-use crate::support::{Agent, Home, PATIENCE, is_root};
+use crate::support::{Agent, Home, comes, is_root};
 
 async fn channel(home: &Home) -> Channel {
     connect(&home.socket()).await.unwrap()
@@ -30,16 +30,8 @@ async fn until(
     client: &mut LocalityServiceClient<Channel>,
     wanted: impl Fn(&[v1::ModelLocality]) -> bool,
 ) -> v1::ListModelsResponse {
-    let look = async {
-        loop {
-            let answer = list(client).await;
-            if wanted(&answer.models) {
-                return answer;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-    };
-    tokio::time::timeout(PATIENCE, look).await.unwrap()
+    let look = async || Some(list(client).await).filter(|answer| wanted(&answer.models));
+    comes("the list is as wanted", look).await
 }
 
 async fn stop(agent: Agent) {

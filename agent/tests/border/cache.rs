@@ -10,7 +10,7 @@ use tonic::Code;
 use tonic::transport::Channel;
 use tonic_types::StatusExt as _;
 
-use crate::support::{Agent, Home, PATIENCE};
+use crate::support::{Agent, Home, comes};
 
 struct Node {
     home: Home,
@@ -35,17 +35,12 @@ impl Node {
 
     /// Waits until the only model is as wanted.
     async fn until(&mut self, wanted: impl Fn(&v1::ModelLocality) -> bool) -> v1::ModelLocality {
-        let look = async {
-            loop {
-                let list = self.locality.list_models(v1::ListModelsRequest::default()).await;
-                let mut models = list.unwrap().into_inner().models;
-                if models.len() == 1 && wanted(&models[0]) {
-                    return models.remove(0);
-                }
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
+        let look = async || {
+            let list = self.locality.list_models(v1::ListModelsRequest::default()).await;
+            let mut models = list.unwrap().into_inner().models;
+            models.pop().filter(|model| models.is_empty() && wanted(model))
         };
-        tokio::time::timeout(PATIENCE, look).await.unwrap()
+        comes("the only model is as wanted", look).await
     }
 
     async fn stop(self) {
@@ -106,16 +101,11 @@ async fn a_prefetch_that_is_taken_back_stops() {
     let cancel = v1::CancelPrefetchRequest { model, ..Default::default() };
     assert!(node.cache.cancel_prefetch(cancel.clone()).await.unwrap().into_inner().cancelled);
     assert!(!node.cache.cancel_prefetch(cancel).await.unwrap().into_inner().cancelled);
-    let look = async {
-        loop {
-            let list = node.locality.list_models(v1::ListModelsRequest::default()).await;
-            if list.unwrap().into_inner().models.is_empty() {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+    let look = async || {
+        let list = node.locality.list_models(v1::ListModelsRequest::default()).await;
+        list.unwrap().into_inner().models.is_empty().then_some(())
     };
-    tokio::time::timeout(PATIENCE, look).await.unwrap();
+    comes("no model is listed", look).await;
     node.stop().await;
 }
 
@@ -183,16 +173,11 @@ async fn reserved_room_is_told_and_given_back_and_more_than_there_is_is_refused(
         let answer = node.cache.reserve_space(reserve.clone()).await.unwrap().into_inner();
         assert!(answer.fit.unwrap().fits && answer.expire_time.is_some());
     }
-    let look = async {
-        loop {
-            let whole = node.locality.get_node(v1::GetNodeRequest::default()).await.unwrap();
-            if whole.into_inner().store.unwrap().reserved_bytes == 4096 {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+    let look = async || {
+        let whole = node.locality.get_node(v1::GetNodeRequest::default()).await.unwrap();
+        (whole.into_inner().store.unwrap().reserved_bytes == 4096).then_some(())
     };
-    tokio::time::timeout(PATIENCE, look).await.unwrap();
+    comes("4096 bytes are reserved", look).await;
     let mut huge = reserve.clone();
     (huge.reservation_id, huge.bytes) = ("r2".into(), 1 << 60);
     let refused = node.cache.reserve_space(huge).await.unwrap_err();

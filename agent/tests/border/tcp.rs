@@ -10,7 +10,7 @@ use carport_proto::client::{Bearer, Tls, connect_tls};
 use tonic::Code;
 use tonic::transport::Channel;
 
-use crate::support::{Agent, Home, eventually, stdout};
+use crate::support::{Agent, Home, comes, eventually, stdout};
 
 fn openssl(folder: &Path, arguments: &str) {
     let output =
@@ -105,12 +105,9 @@ async fn a_certificate_of_the_callers_authority_lets_in_and_a_new_one_is_taken_u
     authority(&folder, "other");
     certificate(&folder, "agent", "other");
     let other = Tls { ca: folder.join("other.crt"), ..tls(&folder, Some("caller")) };
-    let look = async {
-        while read(connect_tls(&address, &other).unwrap()).await != Code::Ok {
-            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-        }
-    };
-    tokio::time::timeout(crate::support::PATIENCE, look).await.unwrap();
+    let look =
+        async || (read(connect_tls(&address, &other).unwrap()).await == Code::Ok).then_some(());
+    comes("the new certificate is taken up", look).await;
     tokio::task::spawn_blocking(move || agent.terminate()).await.unwrap();
 }
 
