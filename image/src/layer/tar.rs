@@ -22,6 +22,9 @@ const MAX_EXTENSION_BYTES: u64 = 1024 * 1024;
 /// PATH_MAX and NAME_MAX of Linux, which the tree is made on.
 const MAX_PATH_BYTES: usize = 4096;
 const MAX_NAME_BYTES: usize = 255;
+/// No file is larger, and sums of offsets and sizes stay far from what a `u64` holds.
+const MAX_FILE_BYTES: u64 = 1 << 60;
+
 /// Deep enough for any packaging, and shallow enough for recursion.
 const MAX_DEPTH: usize = 128;
 
@@ -316,6 +319,9 @@ impl Parser {
         let raw_link =
             self.link.take().or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned));
         let size = self.size.take().unwrap_or(size);
+        if size > MAX_FILE_BYTES {
+            return Err(broken(at, "a size of more than an exbibyte in header"));
+        }
         let path = clean_path(&raw_path)?;
         self.current.clone_from(&path);
         let refuse = |why: String| TarError::Refused { path: path.clone(), why };

@@ -90,6 +90,31 @@ fn members_come_out_whatever_the_chunks_are() {
 }
 
 #[test]
+fn a_size_that_no_file_has_is_refused() {
+    let with_size = |field: [u8; 12]| {
+        let mut header = header(tar::EntryType::Regular, 0);
+        header.as_old_mut().size = field;
+        header.as_old_mut().name[0] = b'x';
+        header.set_cksum();
+        let mut bytes = header.as_bytes().to_vec();
+        bytes.extend_from_slice(&[0; 1024]);
+        bytes
+    };
+    // In base-256: -1, and one more than an exbibyte.
+    let mut large = [0; 12];
+    (large[0], large[4], large[11]) = (0x80, 0x10, 1);
+    for field in [[0xff; 12], large] {
+        let why = refusal(&with_size(field));
+        assert_eq!(why, "at byte 0: a size of more than an exbibyte in header");
+    }
+    let mut pax = builder();
+    pax.append_pax_extensions([("size", &b"18446744073709551615"[..])]).unwrap();
+    let mut bytes = pax.get_ref().clone();
+    bytes.extend(with_size(*b"00000000000\0"));
+    assert_eq!(refusal(&bytes), "at byte 1024: a size of more than an exbibyte in header");
+}
+
+#[test]
 fn pax_records_name_and_size_the_next_member_only() {
     let mut tar = builder();
     let name = format!("pax/{}", "n".repeat(200));
