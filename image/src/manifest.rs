@@ -253,11 +253,7 @@ impl Manifest {
         match (kind.manifests.is_some(), kind.layers.is_some()) {
             // A document that can be read as both is how one digest is made to mean two images.
             (true, true) => Err(refuse("has both layers and manifests".into())),
-            (true, false) => {
-                let index: oci::ImageIndex = serde_json::from_slice(&raw.bytes)
-                    .map_err(|e| refuse(format!("index: {e}")))?;
-                Ok(Self::Index(Index::new(digest, &index)?))
-            }
+            (true, false) => Index::read(digest, &raw.bytes).map(Self::Index).map_err(refuse),
             (false, true) if is_index => Err(refuse(format!("{media_type} without manifests"))),
             (false, true) => {
                 let manifest: oci::ImageManifest =

@@ -2,11 +2,10 @@
 
 use std::fmt;
 
-use oci_spec::image as oci;
 use serde::{Deserialize, Serialize};
 
-use super::{ManifestError, blob};
-use crate::digest::Digest;
+use super::ManifestError;
+use crate::digest::{Digest, InvalidDigest};
 
 /// Manifests of one image, a platform each.
 #[derive(Debug, Clone)]
@@ -17,8 +16,11 @@ pub struct Index {
 
 #[derive(Debug, Clone)]
 struct IndexEntry {
-    digest: Digest,
+    /// As it travelled: it counts when it is chosen.
+    digest: String,
     platform: Option<Platform>,
+    /// `v8` of `linux/arm64/v8`.
+    variant: Option<String>,
 }
 
 /// Operating system and processor architecture, in Go's names: `linux/amd64`.
@@ -49,44 +51,80 @@ impl fmt::Display for Platform {
     }
 }
 
+/// An index as it travels. One entry that is odd must not make the others unreadable.
+#[derive(Deserialize)]
+struct Listed {
+    manifests: Vec<ListedEntry>,
+}
+
+#[derive(Deserialize)]
+struct ListedEntry {
+    digest: String,
+    platform: Option<ListedPlatform>,
+}
+
+#[derive(Deserialize)]
+struct ListedPlatform {
+    #[serde(default)]
+    os: String,
+    #[serde(default)]
+    architecture: String,
+    variant: Option<String>,
+}
+
 impl Index {
-    pub(super) fn new(digest: Digest, index: &oci::ImageIndex) -> Result<Self, ManifestError> {
-        let entries = index
-            .manifests()
-            .iter()
-            .map(|entry| {
-                Ok(IndexEntry {
-                    digest: blob(digest, entry)?.digest,
-                    platform: entry.platform().as_ref().map(|p| Platform {
-                        os: p.os().to_string(),
-                        architecture: p.architecture().to_string(),
-                    }),
-                })
-            })
-            .collect::<Result<_, ManifestError>>()?;
-        Ok(Self { digest, entries })
+    /// Reads the bytes of an index.
+    pub(super) fn read(digest: Digest, bytes: &[u8]) -> Result<Self, String> {
+        let listed: Listed =
+            serde_json::from_slice(bytes).map_err(|error| format!("index: {error}"))?;
+        let entries = listed.manifests.into_iter().map(|entry| {
+            let (platform, variant) = match entry.platform {
+                Some(ListedPlatform { os, architecture, variant }) => {
+                    (Some(Platform { os, architecture }), variant.filter(|v| !v.is_empty()))
+                }
+                None => (None, None),
+            };
+            IndexEntry { digest: entry.digest, platform, variant }
+        });
+        Ok(Self { digest, entries: entries.collect() })
     }
 
-    /// The manifest for `platform`; an entry that names no platform serves where none does.
+    /// The manifest for `platform`; an entry that names no platform serves where none does. Of several
+    /// variants of the processor the one is taken that all have.
     ///
     /// # Errors
     ///
     /// When there is none: the message lists what there is.
     pub fn choose(&self, platform: &Platform) -> Result<Digest, ManifestError> {
-        let exact = self.entries.iter().find(|e| e.platform.as_ref() == Some(platform));
-        let any = || self.entries.iter().find(|e| e.platform.is_none());
-        exact.or_else(any).map(|e| e.digest).ok_or_else(|| {
-            let mut there: Vec<_> = self
-                .entries
-                .iter()
-                .filter_map(|e| e.platform.as_ref())
-                // Build attestations ride along as unknown/unknown.
-                .filter(|p| p.os != "unknown")
-                .map(ToString::to_string)
-                .collect();
-            there.dedup();
-            let why = format!("no image for {platform}; there is: {}", there.join(", "));
-            ManifestError { digest: self.digest, why }
-        })
+        let refuse = |why: String| ManifestError { digest: self.digest, why };
+        let fits = |entry: &&IndexEntry| entry.platform.as_ref() == Some(platform);
+        let exact = self.entries.iter().filter(fits).min_by_key(|entry| entry.is_special());
+        let any = || self.entries.iter().find(|entry| entry.platform.is_none());
+        if let Some(entry) = exact.or_else(any) {
+            return entry.digest.parse().map_err(|error: InvalidDigest| refuse(error.to_string()));
+        }
+        let mut there: Vec<_> = self
+            .entries
+            .iter()
+            .filter_map(|e| e.platform.as_ref())
+            // Build attestations ride along as unknown/unknown.
+            .filter(|p| p.os != "unknown")
+            .map(ToString::to_string)
+            .collect();
+        there.dedup();
+        let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
+        Err(refuse(format!("no image for {platform}; there is: {there}")))
+    }
+}
+
+impl IndexEntry {
+    /// Whether it needs more of a processor than each of its architecture has: `amd64/v3`.
+    fn is_special(&self) -> bool {
+        let architecture = self.platform.as_ref().map(|platform| platform.architecture.as_str());
+        let common = match architecture {
+            Some("arm64") => "v8",
+            _ => "v1",
+        };
+        self.variant.as_deref().is_some_and(|variant| variant != common)
     }
 }

@@ -98,6 +98,50 @@ fn an_index_gives_this_platform_or_lists_what_it_has() {
 }
 
 #[test]
+fn of_variants_the_one_is_chosen_that_every_processor_has() {
+    let entry = |n: u8, arch: &str, variant: Value| {
+        json!({"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest(n),
+               "size": 1, "platform": {"os": "linux", "architecture": arch, "variant": variant}})
+    };
+    let choose = |entries: &[Value], arch: &str| {
+        let value = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries});
+        let Manifest::Index(index) = parse(&value).unwrap() else { panic!("not an index") };
+        let platform = Platform { os: "linux".into(), architecture: arch.into() };
+        index.choose(&platform).unwrap().to_string()
+    };
+    let amd64 = [entry(1, "amd64", json!("v3")), entry(2, "amd64", Value::Null)];
+    assert_eq!(choose(&amd64, "amd64"), digest(2));
+    let arm64 = [entry(1, "arm64", json!("v9")), entry(2, "arm64", json!("v8"))];
+    assert_eq!(choose(&arm64, "arm64"), digest(2));
+    // Where there is no other, it is the one that is meant.
+    assert_eq!(choose(&amd64[..1], "amd64"), digest(1));
+}
+
+#[test]
+fn an_odd_entry_of_an_index_counts_only_where_it_is_chosen() {
+    let good = json!({"digest": digest(1), "size": 1,
+                      "platform": {"os": "linux", "architecture": "amd64"}});
+    let read = |other: Value| {
+        let value =
+            json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [other, good.clone()]});
+        let Manifest::Index(index) = parse(&value).unwrap() else { panic!("not an index") };
+        index
+    };
+    let platform = |arch: &str| Platform { os: "linux".into(), architecture: arch.into() };
+    let sha512 = read(json!({"digest": format!("sha512:{}", "a".repeat(128)), "size": 1,
+                             "platform": {"os": "linux", "architecture": "s390x"}}));
+    assert_eq!(sha512.choose(&platform("amd64")).unwrap().to_string(), digest(1));
+    let why = sha512.choose(&platform("s390x")).unwrap_err().to_string();
+    assert!(why.contains("only sha256"), "{why}");
+    let empty = read(json!({"digest": digest(2), "platform": {}}));
+    assert_eq!(empty.choose(&platform("amd64")).unwrap().to_string(), digest(1));
+    let none = parse(&json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}));
+    let Manifest::Index(none) = none.unwrap() else { panic!("not an index") };
+    let why = none.choose(&platform("amd64")).unwrap_err().to_string();
+    assert!(why.ends_with("no image for linux/amd64; there is: none"), "{why}");
+}
+
+#[test]
 fn a_config_must_name_a_diff_id_for_each_layer() {
     let value = image(OCI_CONFIG, &["application/vnd.oci.image.layer.v1.tar"]);
     let Manifest::Image(image) = parse(&value).unwrap() else { panic!("not an image") };
