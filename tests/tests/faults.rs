@@ -269,6 +269,62 @@ async fn a_redirect_to_storage_is_followed_without_credentials() {
 }
 
 #[tokio::test]
+async fn headers_of_hosts_toml_stay_with_their_host() {
+    let (registry, storage) = redirecting(200).await;
+    let host = registry.host();
+    let folder = tempfile::tempdir().unwrap();
+    let hosts = folder.path().join(&host);
+    std::fs::create_dir(&hosts).unwrap();
+    let text = format!("server = \"http://{host}\"\n[header]\nx-token = \"hunter2\"\n");
+    std::fs::write(hosts.join("hosts.toml"), text).unwrap();
+    let mut options = options(&["127.0.0.1"]);
+    options.hosts_dir = Some(folder.path().to_owned());
+    let secret = secret(&host, "me", "password");
+    let place = reference(&format!("{host}/m:v1"));
+    let source = Sources::new(options).unwrap().open(&place, &secret).unwrap();
+    let body = source.blob(&Digest::of(BLOB), 10, 3..7).await.unwrap();
+    let bytes: Vec<Bytes> = body.stream.try_collect().await.unwrap();
+    assert_eq!(bytes.concat(), b"3456");
+    assert!(registry.requests().iter().all(|r| r.header("x-token") == Some("hunter2")));
+    let asked = storage.requests();
+    assert_eq!(asked.len(), 1);
+    assert_eq!((asked[0].header("x-token"), asked[0].header("authorization")), (None, None));
+    assert_eq!(asked[0].header("range"), Some("bytes=3-6"));
+}
+
+#[tokio::test]
+async fn storages_that_send_each_other_around_end() {
+    let other: std::sync::Arc<std::sync::OnceLock<String>> = std::sync::Arc::default();
+    let told = other.clone();
+    let first = Scripted::start(move |_: &Request| {
+        Answer::status(307).header("Location", &format!("http://{}/x", told.get().unwrap()))
+    });
+    let first = first.await;
+    let back = format!("http://{}/y", first.host());
+    let second =
+        Scripted::start(move |_: &Request| Answer::status(302).header("Location", &back)).await;
+    other.set(second.host()).unwrap();
+    let place = reference(&format!("{}/m:v1", first.host()));
+    let source = sources(&["127.0.0.1"]).open(&place, &PullSecret::none()).unwrap();
+    let error = source.manifest(&tag()).await.unwrap_err();
+    assert!(error.to_string().contains("more than 5 in a row"), "{error}");
+    assert_eq!(first.requests().len() + second.requests().len(), 6);
+}
+
+#[tokio::test]
+async fn bytes_that_a_proxy_compressed_are_refused_by_name() {
+    let server = Scripted::start(|_| Answer::ok("{}").header("Content-Encoding", "gzip")).await;
+    let error = open(&server).manifest(&tag()).await.unwrap_err();
+    assert!(matches!(error, SourceError::Invalid(_)), "{error:?}");
+    assert!(error.to_string().contains("Content-Encoding \"gzip\""), "{error}");
+    let error = open(&server).blob(&Digest::of(b"{}"), 2, 0..2).await.err().unwrap();
+    assert!(error.to_string().contains("Content-Encoding \"gzip\""), "{error}");
+    assert!(server.requests().iter().all(|r| r.header("accept-encoding") == Some("identity")));
+    let plain = Scripted::start(|_| Answer::ok("{}").header("Content-Encoding", "identity")).await;
+    assert!(open(&plain).manifest(&tag()).await.is_ok());
+}
+
+#[tokio::test]
 async fn no_signature_of_a_redirect_gets_into_an_error() {
     for status in [403, 404, 500] {
         let (registry, storage) = redirecting(status).await;

@@ -33,9 +33,13 @@ impl Bench {
     }
 
     async fn pull(&self, image: &str) -> Result<Pulled, PullError> {
+        self.pull_with(image, 1).await
+    }
+
+    async fn pull_with(&self, image: &str, attempts: u32) -> Result<Pulled, PullError> {
         let store = Store::open(self.dir.path().join("store")).unwrap();
         let sources = Sources::new(self.options()).unwrap();
-        let options = PullOptions { attempts: 1, ..PullOptions::default() };
+        let options = PullOptions { attempts, ..PullOptions::default() };
         let puller = Puller::new(store, sources, options);
         puller.start(PullRequest::new(reference(image))).wait().await
     }
@@ -132,6 +136,90 @@ async fn a_mirror_that_lies_is_dropped_for_the_registry() {
     unpacked(&bench, &pulled, &model);
     assert!(mirror.requests().iter().all(|request| !request.target.contains("/manifests/v1")));
     assert!(mirror.requests().iter().any(|request| request.target.contains("/blobs/")));
+}
+
+/// What docker-registry's folder holds for a request of `team/m`, and whether it is a blob.
+fn stored(storage: &Path, request: &Request) -> Option<(Vec<u8>, bool)> {
+    let folder = storage.join("docker/registry/v2");
+    let target = request.target.split('?').next().unwrap_or_default();
+    let (kind, name) = target.strip_prefix("/v2/team/m/")?.split_once('/')?;
+    let digest = match name.strip_prefix("sha256:") {
+        Some(digest) => digest.to_owned(),
+        None => {
+            let tag = format!("repositories/team/m/_manifests/tags/{name}/current/link");
+            let link = std::fs::read_to_string(folder.join(tag)).ok()?;
+            link.trim().strip_prefix("sha256:")?.to_owned()
+        }
+    };
+    let path = folder.join("blobs/sha256").join(&digest[..2]).join(&digest).join("data");
+    Some((std::fs::read(path).ok()?, kind == "blobs"))
+}
+
+/// The range that was asked for, or all of it.
+fn part(bytes: &[u8], request: &Request) -> Answer {
+    let Some(range) = request.header("range") else { return Answer::ok(bytes.to_vec()) };
+    let (start, end) = range.strip_prefix("bytes=").and_then(|r| r.split_once('-')).unwrap();
+    let (start, end): (usize, usize) = (start.parse().unwrap(), end.parse().unwrap());
+    let told = format!("bytes {start}-{end}/{}", bytes.len());
+    Answer::status(206).header("Content-Range", &told).body(bytes[start..=end].to_vec())
+}
+
+#[tokio::test]
+async fn what_a_mirror_breaks_off_is_gone_on_with_at_the_registry() {
+    let Some(registry) = Registry::start() else { return };
+    let model = Model::new();
+    push(&registry, &model, "team/m:v1").await;
+    let storage = registry.storage();
+    let mirror = Scripted::start(move |request: &Request| match stored(&storage, request) {
+        Some((bytes, true)) => part(&bytes, request).cut(1000),
+        _ => Answer::status(404),
+    })
+    .await;
+    let bench = Bench::new();
+    let text =
+        format!("server = \"http://{}\"\n[host.\"http://{}\"]\n", registry.host(), mirror.host());
+    bench.hosts("models.example", &text);
+    // A second attempt is needed for the rest, and no more.
+    let pulled = bench.pull_with("models.example/team/m:v1", 2).await.unwrap();
+    unpacked(&bench, &pulled, &model);
+    let blobs = mirror.requests().iter().filter(|r| r.target.contains("/blobs/")).count();
+    assert!((1..=8).contains(&blobs), "it was asked {blobs} times");
+}
+
+#[tokio::test]
+async fn a_mirror_that_rests_is_asked_where_the_registry_is_away() {
+    let Some(good) = Registry::start() else { return };
+    let model = Model::new();
+    push(&good, &model, "team/m:v1").await;
+    // Busy at each first request for a blob.
+    let (storage, seen) = (good.storage(), std::sync::Mutex::new(std::collections::HashSet::new()));
+    let mirror = Scripted::start(move |request: &Request| match stored(&storage, request) {
+        Some((_, true)) if seen.lock().unwrap().insert(request.target.clone()) => {
+            Answer::status(503)
+        }
+        Some((bytes, _)) => part(&bytes, request),
+        None => Answer::status(404),
+    })
+    .await;
+    let bench = Bench::new();
+    let text = format!("server = \"http://127.0.0.1:1\"\n[host.\"http://{}\"]\n", mirror.host());
+    bench.hosts("_default", &text);
+    let pulled = bench.pull_with("models.example/team/m:v1", 2).await.unwrap();
+    unpacked(&bench, &pulled, &model);
+}
+
+#[tokio::test]
+async fn a_mirror_that_serves_a_web_page_for_a_tag_is_passed_over() {
+    let Some(registry) = Registry::start() else { return };
+    let model = Model::new();
+    push(&registry, &model, "team/m:v1").await;
+    let mirror = Scripted::start(|_| Answer::ok("<html>Log in</html>")).await;
+    let bench = Bench::new();
+    let text =
+        format!("server = \"http://{}\"\n[host.\"http://{}\"]\n", registry.host(), mirror.host());
+    bench.hosts("models.example", &text);
+    let pulled = bench.pull("models.example/team/m:v1").await.unwrap();
+    unpacked(&bench, &pulled, &model);
 }
 
 #[tokio::test]

@@ -99,6 +99,23 @@ async fn a_push_skips_what_the_registry_has() {
 }
 
 #[tokio::test]
+async fn a_push_asks_the_storage_that_a_registry_sends_it_to() {
+    let storage = Scripted::start(|_| Answer::status(200)).await;
+    let target = format!("http://{}/bucket", storage.host());
+    let server = Scripted::start(move |request| match request.method.as_str() {
+        "HEAD" => Answer::status(307).header("Location", &target),
+        "PUT" => Answer::status(201),
+        _ => Answer::status(500),
+    });
+    let server = server.await;
+    let model = Model::new();
+    let place = format!("{}/m:v1", server.host());
+    model.pack(&place, &PullSecret::none(), &sources(&["127.0.0.1"])).await.unwrap();
+    assert_eq!(storage.requests().len(), 3);
+    assert!(storage.requests().iter().all(|request| request.method == "HEAD"));
+}
+
+#[tokio::test]
 async fn an_upload_elsewhere_is_shown_no_credentials() {
     let storage = Scripted::start(|_| Answer::status(201)).await;
     let target = format!("http://{}/upload?sig=1", storage.host());

@@ -231,6 +231,15 @@ impl Inner {
                     }
                 }
             }
+            // What is chunked may end early without a word.
+            if (bytes.len() as u64) < blob.size {
+                let (have, size) = (bytes.len(), blob.size);
+                return Err(SourceError::Unavailable(format!(
+                    "config {}: {} ended it at byte {have} of {size}",
+                    blob.digest,
+                    source.name()
+                )));
+            }
             Ok::<_, SourceError>(bytes)
         };
         let mut bytes = retry(self.attempts, "fetch config", fetch).await?;

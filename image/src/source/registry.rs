@@ -13,21 +13,27 @@
 //! - **TLS**, except to the hosts that the configuration names, in redirects too.
 //!   Loopback is no exception: who serves plain HTTP there says so.
 //! - **Secrets stay.** Credentials go to the registry and its token server, never along
-//!   a redirect to another host.
+//!   a redirect to another host; nor do the headers of `hosts.toml`.
 //! - **No retries.** [`SourceError`] says what can be tried again; the puller does.
 //!
 //! HTTP/1.1 throughout: a transfer has a TCP connection to itself, which is what lets several
-//! run side by side at full speed. The `client` is what all sources share; answers to refusals are read in `answer`, challenges met
-//! in `auth`, credentials found in `credentials`; `hosts` reads what the container runtime knows of
-//! mirrors, `mirrors` asks them in turn; `upload` is the writing side.
+//! run side by side at full speed. The `client` is what all sources share; answers to
+//! refusals are read in `answer`, challenges met in `auth`, credentials found in `credentials`, of
+//! programs in `helper`; `hosts` reads what the container runtime knows of mirrors, `mirrors` asks them
+//! in turn; `redirect` follows to other hosts, `slow` gives up who hardly sends; `upload` is the writing
+//! side.
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::StreamExt;
-use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, RANGE};
+use reqwest::header::{
+    ACCEPT, AUTHORIZATION, CONTENT_ENCODING, CONTENT_RANGE, CONTENT_TYPE, HeaderMap, HeaderValue,
+    RANGE,
+};
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use tokio::sync::Semaphore;
 
@@ -41,8 +47,11 @@ mod answer;
 mod auth;
 mod client;
 mod credentials;
+mod helper;
 mod hosts;
 mod mirrors;
+mod redirect;
+mod slow;
 mod upload;
 
 pub use client::{RegistryClient, RegistryOptions};
@@ -180,6 +189,12 @@ impl Repository {
         }
     }
 
+    /// How long a document may take: it comes at once or not at all, while a pod waits for it.
+    fn patience(&self) -> Duration {
+        let options = self.client.options();
+        options.connect_timeout + options.read_timeout
+    }
+
     /// The refusal as an error, with the credentials that were used by now.
     async fn refused(&self, asked: Asked, response: Response) -> SourceError {
         refused(&Asked { origin: self.session.origin(), ..asked }, response).await
@@ -201,11 +216,16 @@ impl Source for RegistrySource {
         let repository = &self.repository;
         let asked = repository.asked_manifest(want);
         let url = repository.manifest_url(want)?;
-        let get = || repository.client.pulling().get(url.clone()).header(ACCEPT, MANIFEST_TYPES);
-        let response = repository.send(&asked, get).await?;
+        let patience = repository.patience();
+        let get = || {
+            let get = repository.client.pulling().get(url.clone());
+            get.header(ACCEPT, MANIFEST_TYPES).timeout(patience)
+        };
+        let response = repository.get(&asked, get).await?;
         if response.status() != StatusCode::OK {
             return Err(repository.refused(asked, response).await);
         }
+        check_encoding(&asked, &response)?;
         let media_type = media_type(response.headers());
         let limit = usize::try_from(MAX_MANIFEST_BYTES).unwrap_or(usize::MAX);
         let bytes = read_bounded(&asked, response, limit).await?;
@@ -216,11 +236,12 @@ impl Source for RegistrySource {
         let repository = &self.repository;
         let asked = repository.asked_manifest(want);
         let url = repository.manifest_url(want)?;
+        let patience = repository.patience();
         let head = || {
-            let pulling = repository.client.pulling();
-            pulling.request(Method::HEAD, url.clone()).header(ACCEPT, MANIFEST_TYPES)
+            let head = repository.client.pulling().request(Method::HEAD, url.clone());
+            head.header(ACCEPT, MANIFEST_TYPES).timeout(patience)
         };
-        let response = repository.send(&asked, head).await?;
+        let response = repository.get(&asked, head).await?;
         let digest = response.headers().get("docker-content-digest");
         let digest = digest.and_then(|digest| digest.to_str().ok()?.parse().ok());
         match (response.status(), digest) {
@@ -267,7 +288,8 @@ impl Source for RegistrySource {
                 request.header(RANGE, format!("bytes={}-{}", range.start, range.end - 1))
             }
         };
-        let response = repository.send(&asked, get).await?;
+        let response = repository.get(&asked, get).await?;
+        check_encoding(&asked, &response)?;
         let invalid = |why: String| Err(SourceError::Invalid(format!("{}: {why}", asked.object)));
         let offset = match response.status() {
             StatusCode::OK => match response.content_length() {
@@ -297,13 +319,32 @@ impl Source for RegistrySource {
             _ => return Err(repository.refused(asked, response).await),
         };
         let ranged = response.status() == StatusCode::PARTIAL_CONTENT;
+        let patience = repository.client.options().read_timeout;
+        let told = asked.clone();
         let stream = response.bytes_stream().map(move |chunk| {
             // The place in the limit is given back when the stream is dropped.
             let _held = &permit;
             chunk.map_err(|error| broken(&asked, error))
         });
-        Ok(BlobBody { offset, ranged, is_here: false, stream: stream.boxed() })
+        let stream = slow::given_up(stream.boxed(), patience, told);
+        Ok(BlobBody { offset, ranged, is_here: false, stream })
     }
+}
+
+/// Refuses bytes that were compressed on their way, which no digest is over.
+fn check_encoding(asked: &Asked, response: &Response) -> Result<(), SourceError> {
+    let encoding = response.headers().get(CONTENT_ENCODING);
+    let encoding = encoding.map_or(Ok("identity"), HeaderValue::to_str).unwrap_or("?");
+    if !response.status().is_success() || encoding.eq_ignore_ascii_case("identity") {
+        return Ok(());
+    }
+    let host = authority(response.url());
+    let encoding: String = encoding.chars().take(20).collect();
+    Err(SourceError::Invalid(format!(
+        "{}: {host} sends it with Content-Encoding {encoding:?}, though it was asked not to: switch \
+         compression off there, or in the proxy before it",
+        asked.object
+    )))
 }
 
 /// The media type without parameters; empty when there is none.

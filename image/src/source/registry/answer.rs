@@ -132,7 +132,7 @@ pub(super) fn broken(asked: &Asked, error: reqwest::Error) -> SourceError {
     SourceError::Unavailable(if error.is_connect() {
         format!("{object}: connect to {host}: {causes}")
     } else if error.is_timeout() {
-        format!("{object}: {host} sent nothing for too long")
+        format!("{object}: {host} sent nothing for too long, or too little")
     } else {
         format!("{object}: connection to {host} broke off: {causes}")
     })

@@ -8,19 +8,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use reqwest::{Client, Url, redirect};
+use reqwest::header::{ACCEPT_ENCODING, HeaderMap, HeaderValue};
+use reqwest::{Client, Url};
 use tokio::sync::Semaphore;
 
-use super::answer::authority;
 use super::auth::Tokens;
 use super::credentials::{self, Credential, PullSecret};
 use super::hosts::{self, Endpoint, Transport};
+use super::redirect;
 use super::{MirroredSource, RegistrySource, Repository, Upload};
 use crate::reference::RegistryReference;
 use crate::source::SourceError;
-
-/// Registries redirect blobs to their storage, once as a rule.
-const MAX_REDIRECTS: usize = 5;
 
 /// Names of registries come from pods: beyond so many, those not in use are forgotten.
 const MAX_LIMITS: usize = 1024;
@@ -103,27 +101,19 @@ impl Http {
                 .connect_timeout(options.connect_timeout)
                 .pool_max_idle_per_host(options.connections_per_registry)
                 // The address that a redirect came from may hold a signature.
-                .referer(false);
+                .referer(false)
+                // Digests are over the bytes as they are; without this a proxy may compress them.
+                .default_headers(HeaderMap::from_iter([(
+                    ACCEPT_ENCODING,
+                    HeaderValue::from_static("identity"),
+                )]));
             transport.apply(builder)
         };
         let mut plain_http = options.plain_http.clone();
         plain_http.extend(transport.plain_http.clone());
-        let listed = plain_http.clone();
-        let redirects = redirect::Policy::custom(move |attempt| {
-            if attempt.previous().len() > MAX_REDIRECTS {
-                attempt.error("more than 5 in a row")
-            } else if attempt.url().scheme() != "https" && !is_listed(&listed, attempt.url()) {
-                let host = authority(attempt.url());
-                attempt.error(format!(
-                    "{host} is not spoken to over TLS; where that is meant, add it to \
-                     registries.plainHttp (--plain-http)"
-                ))
-            } else {
-                attempt.follow()
-            }
-        });
-        let pulling = common()?.redirect(redirects).read_timeout(options.read_timeout).build();
-        let plain = common()?.redirect(redirect::Policy::none()).build();
+        let pulling =
+            common()?.redirect(redirect::on_one_host()).read_timeout(options.read_timeout).build();
+        let plain = common()?.redirect(reqwest::redirect::Policy::none()).build();
         Ok(Self { pulling: pulling.map_err(fail)?, plain: plain.map_err(fail)?, plain_http })
     }
 }

@@ -16,14 +16,13 @@ use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use base64::Engine;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use docker_credential::{CredentialRetrievalError, DockerCredential};
 use serde::{Deserialize, Serialize};
 
+use super::helper;
 use crate::digest::Digest;
 use crate::reference::Reference;
 use crate::source::SourceError;
@@ -31,11 +30,8 @@ use crate::source::SourceError;
 /// Docker's `config.json` is a few kB; a secret in Kubernetes is at most 1 MiB.
 const MAX_CONFIG_BYTES: u64 = 1024 * 1024;
 
-/// A credential helper may ask a cloud's API, but not forever.
-const HELPER_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// The user name that says: the password is an identity token.
-const TOKEN_USER: &str = "<token>";
+pub(super) const TOKEN_USER: &str = "<token>";
 
 /// Credentials given by the caller of a pull: the content of a pod's pull secret.
 ///
@@ -190,94 +186,81 @@ pub(super) async fn find(
     {
         return Ok(Found { credential, origin: Origin::PullSecret });
     }
-    let (host, repository) = (host.to_owned(), repository.to_owned());
-    let name = host.clone();
-    // Files and child processes block; the helper's time is bounded by giving up the wait.
-    let task = tokio::task::spawn_blocking(move || from_config(config, &host, &repository));
-    match tokio::time::timeout(HELPER_TIMEOUT, task).await {
-        Ok(Ok(found)) => found,
-        Ok(Err(_)) => Err(SourceError::Unavailable(format!("credentials for {name}: interrupted"))),
-        Err(_) => Err(SourceError::Unavailable(format!(
-            "credentials for {name}: docker's credential helper gave no answer in {} s; run it by hand",
-            HELPER_TIMEOUT.as_secs()
-        ))),
+    let (asked, wanted) = (host.to_owned(), repository.to_owned());
+    let reading = tokio::task::spawn_blocking(move || from_config(config, &asked, &wanted));
+    let known = reading
+        .await
+        .map_err(|_| SourceError::Unavailable(format!("credentials for {host}: interrupted")))??;
+    match known {
+        Known::Found(found) => Ok(found),
+        Known::Helper { config, program, server } => {
+            let credential = helper::ask(&config.display().to_string(), &program, &server).await?;
+            let origin = match credential {
+                Credential::Anonymous => Origin::Nowhere,
+                _ => Origin::DockerConfig(config),
+            };
+            Ok(Found { credential, origin })
+        }
     }
+}
+
+/// What docker's `config.json` says.
+#[derive(Debug)]
+enum Known {
+    Found(Found),
+    /// A program is to be asked.
+    Helper {
+        config: PathBuf,
+        program: String,
+        server: String,
+    },
 }
 
 fn from_config(
     configured: Option<PathBuf>,
     host: &str,
     repository: &str,
-) -> Result<Found, SourceError> {
+) -> Result<Known, SourceError> {
     let nowhere = Found { credential: Credential::Anonymous, origin: Origin::Nowhere };
     let must_exist = configured.is_some();
-    let Some(path) = configured.or_else(default_config) else { return Ok(nowhere) };
+    let Some(path) = configured.or_else(default_config) else { return Ok(Known::Found(nowhere)) };
     let fail = |why: String| SourceError::Invalid(format!("{}: {why}", path.display()));
     let text = match read(&path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && !must_exist => {
-            return Ok(nowhere);
+            return Ok(Known::Found(nowhere));
         }
         Err(error) => return Err(fail(error.to_string())),
     };
     let config: DockerConfig = parse(&text).map_err(fail)?;
-    let origin = Origin::DockerConfig(path.clone());
-    let ask = |program: &str, server: &str| -> Result<Found, SourceError> {
-        let credential = ask_helper(&text, program, server).map_err(fail)?;
-        let origin =
-            if credential == Credential::Anonymous { Origin::Nowhere } else { origin.clone() };
-        Ok(Found { credential, origin })
+    let ask = |program: &str, server: &str| Known::Helper {
+        config: path.clone(),
+        program: program.to_owned(),
+        server: server.to_owned(),
     };
     let helper = config
         .cred_helpers
         .iter()
         .find(|(server, program)| !program.is_empty() && Pattern::new(server).host == host);
     if let Some((server, program)) = helper {
-        return ask(program, server);
+        return Ok(ask(program, server));
     }
     let entries: Vec<Entry> =
         config.auths.unwrap_or_default().into_iter().map(Entry::new).collect();
     if let Some(entry) = best(&entries, host, repository)
         && let Some(credential) = entry.credential().map_err(fail)?
     {
-        return Ok(Found { credential, origin });
+        let origin = Origin::DockerConfig(path.clone());
+        return Ok(Known::Found(Found { credential, origin }));
     }
-    match config.creds_store.as_deref() {
+    Ok(match config.creds_store.as_deref() {
         // Docker stores Docker Hub under this address, not under its name.
         Some(program) if !program.is_empty() && host == "docker.io" => {
             ask(program, "https://index.docker.io/v1/")
         }
         Some(program) if !program.is_empty() => ask(program, host),
-        _ => Ok(nowhere),
-    }
-}
-
-/// Runs `docker-credential-<program> get` the way the docker CLI does. What the helper prints
-/// is not repeated: it may hold secrets.
-fn ask_helper(config: &[u8], program: &str, server: &str) -> Result<Credential, String> {
-    match docker_credential::get_credential_from_reader(config, server) {
-        Ok(DockerCredential::IdentityToken(token)) => Ok(Credential::IdentityToken(token)),
-        Ok(DockerCredential::UsernamePassword(username, password)) => {
-            Ok(Credential::Password { username, password })
-        }
-        Err(CredentialRetrievalError::NoCredentialConfigured) => Ok(Credential::Anonymous),
-        // The helpers' protocol: this text on stdout, and a non-zero status.
-        Err(CredentialRetrievalError::HelperFailure { stdout, .. })
-            if stdout.contains("credentials not found") =>
-        {
-            Ok(Credential::Anonymous)
-        }
-        Err(error) => {
-            let what = match error {
-                CredentialRetrievalError::HelperCommunicationError => "cannot be run",
-                CredentialRetrievalError::HelperFailure { .. } => "failed",
-                _ => "gave no valid answer",
-            };
-            Err(format!(
-                "docker-credential-{program} {what} for {server}; run it by hand to see why"
-            ))
-        }
-    }
+        _ => Known::Found(nowhere),
+    })
 }
 
 fn default_config() -> Option<PathBuf> {

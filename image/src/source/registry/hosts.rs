@@ -199,8 +199,10 @@ fn endpoint(
     host: &Host,
     is_mirror: bool,
 ) -> Result<Option<Endpoint>, String> {
+    // As containerd has it: none at all are all of them.
     let can = |what: &str| {
-        host.capabilities.as_ref().is_none_or(|capabilities| capabilities.iter().any(|c| c == what))
+        let mut told = host.capabilities.iter().flatten().peekable();
+        told.peek().is_none() || told.any(|capability| capability.eq_ignore_ascii_case(what))
     };
     if !can("pull") {
         return Ok(None);
@@ -341,10 +343,11 @@ mod tests {
             [host."http://z-first.example:5000"]
               capabilities = ["pull", "resolve"]
             [host."https://a-second.example/proxy"]
-              capabilities = ["pull"]
+              capabilities = ["Pull"]
             [host."https://push.example"]
               capabilities = ["push"]
             [host."third.example/exact"]
+              capabilities = []
               override_path = true
         "#;
         let endpoints = read_text("registry.example", "registry.example", text).unwrap();

@@ -7,13 +7,16 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use futures_util::StreamExt as _;
+use futures_util::stream;
 
 use super::RegistrySource;
 use crate::digest::Digest;
+use crate::manifest::Manifest;
 use crate::source::{Audience, BlobBody, ManifestName, RawManifest, Source, SourceError};
 
 /// A mirror that cannot be reached is left alone for so long: each range would wait for it again.
@@ -22,7 +25,7 @@ const REST: Duration = Duration::from_secs(30);
 /// A repository to pull from, at its registry's mirrors and at the registry.
 pub struct MirroredSource {
     // Mirrors first, the registry last; never empty.
-    places: Vec<Place>,
+    places: Vec<Arc<Place>>,
 }
 
 struct Place {
@@ -37,28 +40,52 @@ struct Place {
 impl MirroredSource {
     /// `(place, whether it may resolve tags)`, at least one, in the order in which they are asked.
     pub(super) fn new(places: Vec<(RegistrySource, bool)>) -> Self {
-        let places = places.into_iter().map(|(source, resolves)| Place {
-            source,
-            resolves,
-            resting_until: Mutex::default(),
-            distrusted: AtomicBool::new(false),
-            served: Mutex::default(),
+        let places = places.into_iter().map(|(source, resolves)| {
+            Arc::new(Place {
+                source,
+                resolves,
+                resting_until: Mutex::default(),
+                distrusted: AtomicBool::new(false),
+                served: Mutex::default(),
+            })
         });
         Self { places: places.collect() }
     }
 
-    /// The places to ask one after the other until one answers. The registry itself is always
-    /// among them, and last: its error is the one that counts.
-    fn in_turn(&self, suits: impl Fn(&Place) -> bool) -> impl Iterator<Item = &Place> {
-        let last = self.places.len() - 1;
-        let usable = move |place: &Place| {
-            suits(place) && !place.distrusted.load(Ordering::Relaxed) && !place.rests()
+    /// Asks one place after the other until one answers: mirrors that `suit`, then the registry, whose
+    /// error is the one that counts. Where that is away, too, mirrors that rest are better than none.
+    async fn ask<T, F>(
+        &self,
+        suits: impl Fn(&Place) -> bool,
+        ask: impl Fn(Arc<Place>) -> F,
+    ) -> Result<T, SourceError>
+    where
+        F: Future<Output = Result<T, SourceError>>,
+    {
+        let Some((registry, mirrors)) = self.places.split_last() else {
+            return Err(SourceError::Invalid("a registry with no place to ask".to_owned()));
         };
-        self.places
-            .iter()
-            .enumerate()
-            .filter(move |(n, place)| *n == last || usable(place))
-            .map(|(_, place)| place)
+        let usable =
+            |place: &&Arc<Place>| suits(place) && !place.distrusted.load(Ordering::Relaxed);
+        let (resting, awake): (Vec<_>, Vec<_>) =
+            mirrors.iter().filter(usable).partition(|place| place.rests());
+        for place in awake {
+            match ask(Arc::clone(place)).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => place.failed(&error),
+            }
+        }
+        let error = match ask(Arc::clone(registry)).await {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        for place in resting.into_iter().filter(|_| error.is_transient()) {
+            match ask(Arc::clone(place)).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => place.failed(&error),
+            }
+        }
+        Err(error)
     }
 }
 
@@ -76,13 +103,12 @@ impl Place {
         until.is_some_and(|until| Instant::now() < until)
     }
 
-    /// Takes an error in; the next place is asked.
-    fn failed(&self, error: SourceError) -> SourceError {
+    /// Takes note of an error; another place is asked.
+    fn failed(&self, error: &SourceError) {
         if error.is_transient() {
             self.rest();
         }
         tracing::debug!(place = %self.source.repository.host, %error, "did not serve");
-        error
     }
 
     async fn manifest(&self, want: &ManifestName) -> Result<RawManifest, SourceError> {
@@ -96,8 +122,40 @@ impl Place {
                     raw.digest()
                 )))
             }
+            // A tag's manifest has no digest to be held against; what is none at all tells by itself.
+            ManifestName::Tag(_) if self.is_mirror() => match Manifest::parse(&raw) {
+                Ok(_) => Ok(raw),
+                Err(why) => Err(SourceError::Invalid(why.to_string())),
+            },
             _ => Ok(raw),
         }
+    }
+
+    /// A blob, whose end is watched: a mirror that breaks off rests, so that what is left of the blob is
+    /// asked for elsewhere.
+    async fn blob(
+        self: Arc<Self>,
+        digest: Digest,
+        size: u64,
+        range: Range<u64>,
+    ) -> Result<BlobBody, SourceError> {
+        let body = self.source.blob(&digest, size, range.clone()).await?;
+        self.served().insert(digest);
+        if !self.is_mirror() {
+            return Ok(body);
+        }
+        let mut left = if body.ranged { range.end - range.start } else { size };
+        let chunks = body.stream.map(Some).chain(stream::iter([None]));
+        let watched = chunks.filter_map(move |chunk| {
+            match &chunk {
+                Some(Ok(bytes)) => left = left.saturating_sub(bytes.len() as u64),
+                Some(Err(_)) => self.rest(),
+                None if left > 0 => self.rest(),
+                None => {}
+            }
+            std::future::ready(chunk)
+        });
+        Ok(BlobBody { stream: watched.boxed(), ..body })
     }
 
     fn rest(&self) {
@@ -114,25 +172,13 @@ impl Source for MirroredSource {
 
     async fn manifest(&self, want: &ManifestName) -> Result<RawManifest, SourceError> {
         let by_digest = matches!(want, ManifestName::Digest(_));
-        let mut outcome = Err(no_place());
-        for place in self.in_turn(|place| by_digest || place.resolves) {
-            outcome = place.manifest(want).await.map_err(|error| place.failed(error));
-            if outcome.is_ok() {
-                break;
-            }
-        }
-        outcome
+        let ask = |place: Arc<Place>| async move { place.manifest(want).await };
+        self.ask(|place| by_digest || place.resolves, ask).await
     }
 
     async fn resolve(&self, want: &ManifestName) -> Result<Digest, SourceError> {
-        let mut outcome = Err(no_place());
-        for place in self.in_turn(|place| place.resolves) {
-            outcome = place.source.resolve(want).await.map_err(|error| place.failed(error));
-            if outcome.is_ok() {
-                break;
-            }
-        }
-        outcome
+        let ask = |place: Arc<Place>| async move { place.source.resolve(want).await };
+        self.ask(|place| place.resolves, ask).await
     }
 
     fn audience(&self) -> Audience {
@@ -149,16 +195,7 @@ impl Source for MirroredSource {
         size: u64,
         range: Range<u64>,
     ) -> Result<BlobBody, SourceError> {
-        let mut outcome = Err(no_place());
-        for place in self.in_turn(|_| true) {
-            let asked = place.source.blob(digest, size, range.clone()).await;
-            outcome = asked.map_err(|error| place.failed(error));
-            if outcome.is_ok() {
-                place.served().insert(*digest);
-                break;
-            }
-        }
-        outcome
+        self.ask(|_| true, |place| place.blob(*digest, size, range.clone())).await
     }
 
     fn distrust(&self, blob: &Digest) -> bool {
@@ -173,8 +210,4 @@ impl Source for MirroredSource {
         }
         news
     }
-}
-
-fn no_place() -> SourceError {
-    SourceError::Invalid("a registry with no place to ask".to_owned())
 }

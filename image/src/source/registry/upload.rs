@@ -41,7 +41,8 @@ impl Upload {
         let asked = self.repository.asked_blob(digest);
         let url = self.repository.url(&format!("blobs/{digest}"))?;
         let head = || self.pulling(Method::HEAD, &url);
-        let response = self.repository.send(&asked, head).await?;
+        // Who keeps blobs elsewhere may send there for this, too.
+        let response = self.repository.get(&asked, head).await?;
         match response.status() {
             StatusCode::OK => Ok(true),
             StatusCode::NOT_FOUND => Ok(false),
