@@ -22,6 +22,10 @@ const MAX_EXTENSION_BYTES: u64 = 1024 * 1024;
 /// PATH_MAX and NAME_MAX of Linux, which the tree is made on.
 const MAX_PATH_BYTES: usize = 4096;
 const MAX_NAME_BYTES: usize = 255;
+/// All names of a layer together, which its record and its tree hold: a hundred bytes for each of
+/// more files than any model has, and not four thousand for each of a million.
+const MAX_NAMES_BYTES: u64 = 64 * 1024 * 1024;
+
 /// No file is larger, and sums of offsets and sizes stay far from what a `u64` holds.
 const MAX_FILE_BYTES: u64 = 1 << 60;
 
@@ -91,6 +95,9 @@ pub(crate) struct Parser {
     owner: Owner,
     /// The path of the member that began last, for errors.
     current: String,
+    /// Of the names of all members so far.
+    #[serde(default)]
+    names_bytes: u64,
     /// Of all members so far.
     #[serde(default)]
     attributes: Attributes,
@@ -148,6 +155,7 @@ impl Parser {
             size: None,
             owner: Owner::default(),
             current: String::new(),
+            names_bytes: 0,
             attributes: Attributes::Kept,
         }
     }
@@ -324,6 +332,11 @@ impl Parser {
         }
         let path = clean_path(&raw_path)?;
         self.current.clone_from(&path);
+        let link_bytes = raw_link.as_ref().map_or(0, Vec::len);
+        self.names_bytes = self.names_bytes.saturating_add((path.len() + link_bytes) as u64);
+        if self.names_bytes > MAX_NAMES_BYTES {
+            return Err(broken(at, "names of more than 64 MiB together"));
+        }
         let refuse = |why: String| TarError::Refused { path: path.clone(), why };
         let link = |what: &str| {
             let link = raw_link.as_deref().unwrap_or_default();

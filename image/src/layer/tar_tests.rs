@@ -90,6 +90,29 @@ fn members_come_out_whatever_the_chunks_are() {
 }
 
 #[test]
+fn names_are_bounded_together() {
+    let name = |n: usize| format!("{n:08}/{}", "d/".repeat(120) + &"n".repeat(255));
+    let mut parser = Parser::new();
+    let mut read = |n: usize| {
+        let mut tar = builder();
+        tar.append_pax_extensions([("path", name(n).as_bytes())]).unwrap();
+        let mut bytes = tar.get_ref().clone();
+        bytes.extend_from_slice(header(tar::EntryType::Regular, 0).as_bytes());
+        let mut input = &bytes[..];
+        while !input.is_empty() {
+            let (used, _) = parser.next(input)?;
+            input = &input[used..];
+        }
+        // The end of the empty file.
+        parser.next(&[]).map(drop)
+    };
+    let fit = 64 * 1024 * 1024 / name(0).len();
+    (0..fit).try_for_each(&mut read).unwrap();
+    let why = read(fit).unwrap_err().to_string();
+    assert!(why.ends_with("names of more than 64 MiB together"), "{why}");
+}
+
+#[test]
 fn a_size_that_no_file_has_is_refused() {
     let with_size = |field: [u8; 12]| {
         let mut header = header(tar::EntryType::Regular, 0);

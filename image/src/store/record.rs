@@ -9,8 +9,9 @@ use serde::de::DeserializeOwned;
 
 use super::error::{Context as _, StoreError};
 
-/// A layer of a hundred thousand files has a record of some 20 MB; more is damage.
-const MAX_RECORD_BYTES: u64 = 256 * 1024 * 1024;
+/// A layer of a million entries, with the longest names that a layer may have and each of their bytes
+/// escaped, has no larger record; more is damage.
+const MAX_RECORD_BYTES: u64 = 768 * 1024 * 1024;
 
 /// A folder of records, `<name>.json` each.
 #[derive(Debug, Clone)]
