@@ -272,7 +272,7 @@ impl Resumed {
             let fed = front.feed(plan, ingest, &mut next);
             let hashed = fed.and_then(|()| front.verify(sees_blob));
             drop(front);
-            let decoded = decoding.map_or(Ok(()), |decoding| decoding.join());
+            let decoded = decoding.map_or(Ok(()), std::thread::ScopedJoinHandle::join);
             let died = |_| Err(LayerError::Refused("the unpacking thread died".to_owned()));
             let unpacked = unpacking.join().unwrap_or_else(died);
             let unpacked = decoded.map_or_else(died, |()| unpacked);

@@ -40,7 +40,8 @@
 //!
 //! # Locks
 //!
-//! `admission`, then `ingest/<sha256>.lock` (one worker a layer), then `lock`; never the other way round.
+//! `admission`, then `ingest/<sha256>.lock` (one worker a layer), then `lock`; never the other way round,
+//! but that a layer which expands asks for admission: the right to a layer is only ever tried, not waited for.
 //!
 //! All functions block on the disk: call them from `spawn_blocking` or a thread of your own.
 

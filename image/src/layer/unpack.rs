@@ -29,6 +29,9 @@ pub(crate) fn is_estargz(path: &str) -> bool {
 /// A layer of more entries would make records that nobody can hold in memory.
 const MAX_ENTRIES: usize = 1_000_000;
 
+/// Beyond what was asked for, so much may be written before the room is looked at again.
+const GRANT_BYTES: u64 = 32 * 1024 * 1024;
+
 /// Up to here each file is synced by itself; a layer of more small files is synced by one flush of
 /// the file system, since each sync costs a commit of the journal.
 pub(super) const SYNC_EACH: usize = 128;
@@ -38,6 +41,8 @@ pub(crate) struct Unpacker {
     progress: Progress,
     writer: Option<FileWriter>,
     buffer: Buffer,
+    /// Bytes of content for which there is known to be room.
+    granted: u64,
 }
 
 /// All that must be known to go on after a crash, but for the bytes on the disk.
@@ -90,17 +95,20 @@ impl Unpacker {
                 Reader::File { size: uncompressed.then_some(layer.blob.size), taken: 0 }
             }
         };
-        Self::with(Progress {
+        let progress = Progress {
             reader,
             entries: Vec::new(),
             staged: Vec::new(),
             open: None,
             written_bytes: 0,
-        })
+        };
+        Self::with(progress, layer)
     }
 
-    fn with(progress: Progress) -> Self {
-        Self { progress, writer: None, buffer: Buffer::new() }
+    fn with(progress: Progress, layer: &Layer) -> Self {
+        // As much was known of it when its pull was let in.
+        let granted = layer.blob.size.max(progress.written_bytes);
+        Self { progress, writer: None, buffer: Buffer::new(), granted }
     }
 
     /// Goes on from a checkpoint.
@@ -119,7 +127,7 @@ impl Unpacker {
                 return Err(io::Error::other(format!("{} has another length", path.display())));
             }
         }
-        let mut unpacker = Self::with(progress);
+        let mut unpacker = Self::with(progress, layer);
         // A file of which nothing came yet is made when its first bytes come.
         if let Some(open) = &unpacker.progress.open
             && open.synced > 0
@@ -202,12 +210,25 @@ impl Unpacker {
             && let MemberKind::File { size, executable } = member.kind
         {
             let path = ingest.folder().join(self.next_name());
+            self.grant(size, ingest)?;
             let writer = FileWriter::create(&path, size, executable);
             self.writer = Some(writer.map_err(|e| self.disk(e))?);
         }
+        self.grant(bytes.len() as u64, ingest)?;
         let Some(writer) = &mut self.writer else { return Ok(()) };
         self.progress.written_bytes += bytes.len() as u64;
         writer.write(bytes, &mut self.buffer).map_err(|e| self.disk(e))
+    }
+
+    /// Sees to it that so many more bytes fit into the store: what a compressed layer becomes, nobody knew
+    /// before.
+    fn grant(&mut self, bytes: u64, ingest: &Ingest) -> Result<(), LayerError> {
+        let needed = self.progress.written_bytes.saturating_add(bytes);
+        if needed > self.granted {
+            ingest.make_room(needed - self.granted)?;
+            self.granted = needed.saturating_add(GRANT_BYTES);
+        }
+        Ok(())
     }
 
     /// Takes a stored object for the whole content of the file that has just begun. What was hashed

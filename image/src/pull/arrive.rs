@@ -78,7 +78,16 @@ impl Inner {
         from: Origin<'_>,
         diff_id: Option<Digest>,
     ) -> Result<Option<Arc<Arrival>>, PullError> {
-        let listed = self.try_list(ingest, from, diff_id).await;
+        let mut listed = self.try_list(ingest, from, diff_id).await;
+        if let Ok(Some(arrival)) = &listed {
+            let more = arrival.landing.size().saturating_sub(from.layer.blob.size);
+            let folder = Arc::clone(ingest);
+            if more > 0
+                && let Err(error) = self.disk(move |_| folder.make_room(more)).await
+            {
+                listed = Err(error);
+            }
+        }
         if let Err(PullError::Store(_)) = &listed {
             let ingest = Arc::clone(ingest);
             self.disk(move |_| ingest.clear()).await?;

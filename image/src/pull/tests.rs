@@ -367,6 +367,45 @@ async fn a_pull_pins_what_it_brings_and_what_it_finds() {
 }
 
 #[tokio::test]
+async fn what_a_layer_expands_to_is_held_to_the_quota() {
+    let mut bench = bench();
+    with_quota(&mut bench, 50_000_000);
+    let idle = bench.layer(Plain, &[Entry::File("w", &noise(1, 20_000_000))]);
+    let idle = bench.layout.image("idle", &[idle]);
+    bench.puller.start(PullRequest::new(idle.clone())).wait().await.unwrap();
+    // One file that says how large it is, and many that say it bit by bit.
+    let zeros = vec![0; 80_000_000];
+    let one = bench.layer(Gzip, &[Entry::File("zeros", &zeros)]);
+    let names: Vec<String> = (0..80).map(|n| format!("{n}")).collect();
+    let parts =
+        names.iter().zip(zeros.chunks(1_000_000)).map(|(name, part)| Entry::File(name, part));
+    let many = bench.layer(Zstd, &parts.collect::<Vec<_>>());
+    for (tag, bomb) in [("one", one), ("many", many)] {
+        let reference = bench.layout.image(tag, &[bomb]);
+        for stream in [false, true] {
+            let request = PullRequest { stream, ..PullRequest::new(reference.clone()) };
+            let error = bench.puller.start(request).wait().await.unwrap_err();
+            assert!(
+                matches!(&error, PullError::Store(e) if matches!(**e, StoreError::NoSpace { .. }))
+            );
+            let text = error.to_string();
+            assert!(
+                text.contains(" expands: needs at least ")
+                    && text.contains("of the quota of 47.7 MiB"),
+                "{text}"
+            );
+        }
+        assert_eq!(crate::testing::listing(&bench.store().root().join("ingest")), [""; 0]);
+    }
+    // What is idle makes room for what fits.
+    let fits = bench.layer(Gzip, &[Entry::File("zeros", &zeros[..40_000_000])]);
+    let fits = bench.layout.image("fits", &[fits]);
+    bench.puller.start(PullRequest::new(fits.clone())).wait().await.unwrap();
+    assert!(bench.store().lookup(&fits).unwrap().is_some());
+    assert_eq!(bench.store().lookup(&idle).unwrap(), None);
+}
+
+#[tokio::test]
 async fn a_pull_makes_room_before_it_downloads_or_says_that_there_is_none() {
     let mut bench = bench();
     with_quota(&mut bench, 1_000_000);

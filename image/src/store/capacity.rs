@@ -335,6 +335,17 @@ impl Store {
         Ok(Some(lease))
     }
 
+    /// Evicts where `bytes` more than all that was promised do not fit. For who has the right to a layer,
+    /// which is taken after the admission lock otherwise: nobody waits for such a right.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoSpace`] with the numbers, as [`Store::admit`] has them.
+    pub(super) fn make_room_for(&self, what: &str, bytes: u64) -> Result<(), StoreError> {
+        let _turn = self.admission()?;
+        self.make_room(what, Reason::Pull, || Ok((bytes, self.promised(|_| false)?.1)))
+    }
+
     /// Whether what `demand` asks for fits below the high watermark.
     fn is_plenty(
         &self,

@@ -12,6 +12,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +22,13 @@ use super::record::{self, Lock};
 use super::{LayerRecord, RecordKind, RefRecord, Store, trees};
 use crate::crash;
 use crate::digest::Digest;
+
+/// Where records are written under another name first; the store's own folder has some, too.
+const RECORD_FOLDERS: [&str; 9] =
+    ["", "layers", "refs", "access", "pins", "reservations", "rates", "volumes", "leases"];
+
+/// A record is written in moments, on the slowest of disks in minutes.
+const UNFINISHED_AFTER: Duration = Duration::from_secs(600);
 
 /// What a collection freed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -202,6 +210,7 @@ impl Store {
         })?;
         self.counted.set(kept_bytes);
 
+        self.drop_unfinished_records()?;
         // A record of what is not here any more would only mislead.
         self.drop_access_without_image()?;
         self.drop_references_without_image()?;
@@ -212,6 +221,30 @@ impl Store {
             }
         }
         Ok(collected)
+    }
+
+    /// Records whose writers were killed before these had their names.
+    fn drop_unfinished_records(&self) -> Result<(), StoreError> {
+        for folder in RECORD_FOLDERS {
+            let folder = self.path(folder);
+            let what = || format!("read {}", folder.display());
+            for entry in fs::read_dir(&folder).context(what)? {
+                let entry = entry.context(what)?;
+                let is_unfinished = entry.file_name().as_encoded_bytes().starts_with(b".tmp");
+                let modified = entry.metadata().and_then(|meta| meta.modified());
+                // One that is young may be somebody's at this moment; so may one of a time to come.
+                let age = modified.ok().and_then(|modified| modified.elapsed().ok());
+                if is_unfinished && age.is_some_and(|age| age > UNFINISHED_AFTER) {
+                    match fs::remove_file(entry.path()) {
+                        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                            return Err(e).context(|| format!("remove {}", entry.path().display()));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The layers of all images; `None` where an image's record cannot be read.

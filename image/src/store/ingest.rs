@@ -90,7 +90,16 @@ impl Store {
                 continue;
             };
             let Some(ingest) = self.ingest(&digest)? else { continue };
-            if let Some(commit) = record::read::<Commit>(&ingest.folder.join(COMMIT))? {
+            let commit = match record::read::<Commit>(&ingest.folder.join(COMMIT)) {
+                Err(StoreError::Corrupt(why)) => {
+                    // Of no use to anybody; and one damaged layer must not close the store.
+                    tracing::warn!(%why, "a layer that was cut off has to come again");
+                    ingest.discard()?;
+                    continue;
+                }
+                commit => commit?,
+            };
+            if let Some(commit) = commit {
                 ingest.apply(&commit)?;
                 ingest.discard()?;
             } else if Repair::finish(self, &ingest)?
@@ -107,6 +116,15 @@ impl Ingest {
     /// Where the layer's files are written, named at will but for the two records.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// Makes room for `bytes` more than the layer was let in with.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError::NoSpace`] with the numbers when there is none to be made.
+    pub(crate) fn make_room(&self, bytes: u64) -> Result<(), StoreError> {
+        self.store.make_room_for(&format!("layer {} expands", self.digest), bytes)
     }
 
     /// What an interrupted pull left, when it can be gone on from.

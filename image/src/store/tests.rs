@@ -1,5 +1,6 @@
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
+use std::time::Duration;
 
 use super::*;
 use crate::testing::{listing, noise, store};
@@ -225,6 +226,44 @@ fn records_are_replaced_whole_and_damage_is_told() {
     );
     for name in ["", ".hidden", "a/b", "../a"] {
         assert!(records.put(name, &1).is_err(), "{name:?}");
+    }
+}
+
+#[test]
+fn a_damaged_commit_closes_no_store() {
+    let (dir, store) = store();
+    let (here, _) = put_layer(&store, b"here");
+    let image = put_image(&store, "image", &[here]);
+    let folder = store.path("ingest").join(Digest::of(b"on its way").hex());
+    for damage in ["", "{\"name\""] {
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("commit.json"), damage).unwrap();
+        let store = Store::open(dir.path().join("store")).unwrap();
+        assert_eq!(store.images().unwrap().len(), 1);
+        assert_eq!(listing(&store.path("ingest")), [""; 0]);
+    }
+    assert!(store.image(&image).unwrap().is_some());
+}
+
+#[test]
+fn records_that_were_never_named_are_collected_once_nobody_can_be_writing_them() {
+    let (_dir, store) = store();
+    let now = SystemTime::now();
+    let ages = [
+        ("old", now - Duration::from_secs(3600)),
+        ("young", now),
+        ("ahead", now + Duration::from_secs(3600)),
+    ];
+    for folder in ["layers", "refs", "."] {
+        for (name, modified) in ages {
+            let file = fs::File::create(store.path(folder).join(format!(".tmp-{name}"))).unwrap();
+            file.set_modified(modified).unwrap();
+        }
+    }
+    store.collect().unwrap();
+    for folder in ["layers", "refs", "."] {
+        let is_there = |name: &str| store.path(folder).join(format!(".tmp-{name}")).exists();
+        assert_eq!(ages.map(|(name, _)| is_there(name)), [false, true, true], "{folder}");
     }
 }
 
