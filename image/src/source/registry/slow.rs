@@ -45,7 +45,8 @@ pub(super) fn given_up(chunks: Chunks, patience: Duration, asked: Asked) -> Chun
         });
         Some((chunk, (chunks, waited, came, asked)))
     });
-    watched.boxed()
+    // Readers may ask behind the end.
+    watched.fuse().boxed()
 }
 
 #[cfg(test)]
