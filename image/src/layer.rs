@@ -137,8 +137,8 @@ struct Place {
     unpacked_hash: Option<Sha256>,
     /// Whether all of them went through `blob_hash`.
     sees_blob: bool,
-    /// Of the decoder, where it is in the middle of something.
-    midway: Option<Midway>,
+    /// The decoder, where it is in the middle of something.
+    midway: Option<Inflater>,
     unpacker: Unpacker,
 }
 
@@ -246,9 +246,9 @@ impl Resumed {
         // Else the diff_id is the proof.
         let sees_blob =
             sees_blob && (layer.compression == Compression::None || plan.locals().next().is_none());
-        let inflater = match (layer.compression, &midway) {
+        let inflater = match (layer.compression, midway) {
             (Compression::None, _) => None,
-            (_, Some(midway)) => Some(Inflater::take_up(midway)),
+            (_, Some(inflater)) => Some(Ok(inflater)),
             (compression, None) => Some(Inflater::new(compression)),
         };
         let inflater = inflater.transpose().map_err(LayerError::Refused)?;
@@ -351,6 +351,8 @@ impl Place {
             return Err(io::Error::other("the checkpoint is of something else"));
         }
         let blob_hash = hash_state(&sha256)?;
+        let midway = midway.as_ref().map(Inflater::take_up).transpose();
+        let midway = midway.map_err(io::Error::other)?;
         Ok(Self { offset, blob_hash, unpacked_hash, sees_blob, midway, unpacker })
     }
 }

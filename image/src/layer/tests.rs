@@ -303,6 +303,19 @@ fn a_layer_of_one_gzip_member_goes_on_in_the_middle_of_it() {
     assert!((32 * mib..33 * mib).contains(&froms[0]), "{froms:?}");
     assert!((64 * mib..67 * mib).contains(&froms[1]), "{froms:?}");
     assert_eq!(froms[2], froms[1]);
+
+    // The state of a decoder that is damaged is as good as none.
+    let _ =
+        unpack(&store, &blob, raw_of(&blob, Compression::Gzip), Digest::of(&tar), Some(50 * MIB));
+    let checkpoint =
+        store.root().join("ingest").join(layer.blob.digest.hex()).join("checkpoint.json");
+    let text = std::fs::read_to_string(&checkpoint).unwrap();
+    let damaged = text.replacen(r#""window":""#, r#""window":"zz"#, 1);
+    assert_ne!(text, damaged);
+    std::fs::write(&checkpoint, damaged).unwrap();
+    let (from, _) =
+        unpack(&store, &blob, raw_of(&blob, Compression::Gzip), Digest::of(&tar), None).unwrap();
+    assert_eq!(from, 0);
     assert_eq!(store.layer(&layer).unwrap().unwrap().diff_id, Digest::of(&tar));
     assert_offsets(&store, &layer, &tar);
     assert!(ingest_is_empty(&store));
