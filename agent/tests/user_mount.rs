@@ -118,13 +118,13 @@ impl Drop for Home {
 }
 
 /// Runs `test` where an ordinary user may use FUSE, or says why not.
-fn as_ordinary_user(name: &str, test: impl FnOnce() + Send) {
+fn as_ordinary_user(test: impl FnOnce() + Send) {
     if !rustix::process::geteuid().is_root() {
-        println!("{name}: skipped: only root can become another user");
+        println!("SKIPPED: only root can become another user");
         return;
     }
     if let Err(error) = carport_csi::fuse::check() {
-        println!("{name}: skipped: {error}");
+        println!("SKIPPED: {error}");
         return;
     }
     std::thread::scope(|scope| {
@@ -139,7 +139,7 @@ fn as_ordinary_user(name: &str, test: impl FnOnce() + Send) {
             if fs::metadata("/dev/fuse").unwrap().mode() & 0o006 != 0o006 {
                 let made = Command::new("mknod").arg(&device).args(["c", "10", "229"]).status();
                 if !made.is_ok_and(|status| status.success()) {
-                    println!("{name}: skipped: /dev/fuse is root's alone, and cannot be copied");
+                    println!("SKIPPED: /dev/fuse is root's alone, and cannot be copied");
                     return;
                 }
                 fs::set_permissions(&device, fs::Permissions::from_mode(0o666)).unwrap();
@@ -155,7 +155,7 @@ fn as_ordinary_user(name: &str, test: impl FnOnce() + Send) {
 
 #[test]
 fn a_user_mounts_reads_and_unmounts() {
-    as_ordinary_user("a_user_mounts_reads_and_unmounts", || {
+    as_ordinary_user(|| {
         let home = Home::new();
         let said = home.mount();
         assert_eq!(said, format!("{} on {} (read-only)\n", home.image, home.target()));
@@ -192,7 +192,7 @@ fn a_user_mounts_reads_and_unmounts() {
 
 #[test]
 fn a_user_reads_an_image_that_arrives() {
-    as_ordinary_user("a_user_reads_an_image_that_arrives", || {
+    as_ordinary_user(|| {
         let home = Home::new();
         let target = home.target();
         let json = home.done(&["-o", "json", "mount", "--stream", &home.image, target]);
@@ -218,7 +218,7 @@ fn a_user_reads_an_image_that_arrives() {
 
 #[test]
 fn a_folder_of_the_image_is_mounted_alone() {
-    as_ordinary_user("a_folder_of_the_image_is_mounted_alone", || {
+    as_ordinary_user(|| {
         let home = Home::new();
         let json =
             home.done(&["-o", "json", "mount", "--path", "/models", &home.image, home.target()]);
@@ -233,7 +233,7 @@ fn a_folder_of_the_image_is_mounted_alone() {
 
 #[test]
 fn what_cannot_be_mounted_is_one_clear_error() {
-    as_ordinary_user("what_cannot_be_mounted_is_one_clear_error", || {
+    as_ordinary_user(|| {
         let home = Home::new();
         let said = home.refused(&["mount", &home.image, "source"]);
         assert!(said.contains("a folder with something in it; choose an empty folder"), "{said}");
@@ -251,7 +251,7 @@ fn what_cannot_be_mounted_is_one_clear_error() {
 
 #[test]
 fn who_has_a_file_open_reads_on_after_umount() {
-    as_ordinary_user("who_has_a_file_open_reads_on_after_umount", || {
+    as_ordinary_user(|| {
         let home = Home::new();
         home.mount();
         // The shell opens the file, tells, and reads it when told.
@@ -275,7 +275,7 @@ fn who_has_a_file_open_reads_on_after_umount() {
 
 #[test]
 fn a_killed_server_leaves_nothing_in_the_way() {
-    as_ordinary_user("a_killed_server_leaves_nothing_in_the_way", || {
+    as_ordinary_user(|| {
         let home = Home::new();
         home.mount();
         let kill = |signal| {
@@ -313,7 +313,7 @@ fn a_killed_server_leaves_nothing_in_the_way() {
 #[test]
 fn foreground_is_not_for_root() {
     if !rustix::process::geteuid().is_root() {
-        println!("foreground_is_not_for_root: skipped: not root");
+        println!("SKIPPED: not root");
         return;
     }
     let dir = tempfile::tempdir().unwrap();

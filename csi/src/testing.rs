@@ -86,7 +86,7 @@ pub(crate) fn mount_hung_fuse(target: &Path) -> Option<File> {
     let device = match File::options().read(true).write(true).open("/dev/fuse") {
         Ok(device) => device,
         Err(error) => {
-            println!("skipped: open /dev/fuse: {error}");
+            println!("SKIPPED: open /dev/fuse: {error}");
             return None;
         }
     };

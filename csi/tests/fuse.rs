@@ -25,11 +25,11 @@ const TREE: &str = "CARPORT_TEST_TREE";
 const TARGET: &str = "CARPORT_TEST_TARGET";
 
 /// Says aloud why nothing is tested here.
-fn can_fuse(test: &str) -> bool {
+fn can_fuse() -> bool {
     match fuse::check() {
         Ok(()) => true,
         Err(error) => {
-            println!("{test}: skipped: {error}");
+            println!("SKIPPED: {error}");
             false
         }
     }
@@ -41,10 +41,10 @@ fn can_fuse(test: &str) -> bool {
 /// open to all covers it, in a mount namespace of the test's own.
 fn as_ordinary_user(test: &str, run: impl FnOnce() + Send) {
     if !rustix::process::geteuid().is_root() {
-        println!("{test}: skipped: only root can become another user");
+        println!("SKIPPED: only root can become another user");
         return;
     }
-    if !can_fuse(test) {
+    if !can_fuse() {
         return;
     }
     testing::in_mount_namespace(test, || {
@@ -53,7 +53,7 @@ fn as_ordinary_user(test: &str, run: impl FnOnce() + Send) {
         if fs::metadata("/dev/fuse").unwrap().mode() & 0o006 != 0o006 {
             let made = Command::new("mknod").arg(&device).args(["c", "10", "229"]).status();
             if !made.is_ok_and(|status| status.success()) {
-                println!("{test}: skipped: /dev/fuse is root's alone, and cannot be copied");
+                println!("SKIPPED: /dev/fuse is root's alone, and cannot be copied");
                 return;
             }
             fs::set_permissions(&device, fs::Permissions::from_mode(0o666)).unwrap();
@@ -173,7 +173,7 @@ fn serve() {
 
 #[test]
 fn a_mount_shows_the_tree_and_is_read_only() {
-    if !can_fuse("a_mount_shows_the_tree_and_is_read_only") {
+    if !can_fuse() {
         return;
     }
     let place = Place::new();
@@ -216,7 +216,7 @@ fn a_mount_shows_the_tree_and_is_read_only() {
 
 #[test]
 fn a_folder_of_the_image_can_be_mounted_alone() {
-    if !can_fuse("a_folder_of_the_image_can_be_mounted_alone") {
+    if !can_fuse() {
         return;
     }
     let place = Place::new();
@@ -234,7 +234,7 @@ fn a_folder_of_the_image_can_be_mounted_alone() {
 
 #[test]
 fn what_cannot_be_mounted_on_is_said() {
-    if !can_fuse("what_cannot_be_mounted_on_is_said") {
+    if !can_fuse() {
         return;
     }
     let place = Place::new();
@@ -247,11 +247,11 @@ fn what_cannot_be_mounted_on_is_said() {
 
 #[test]
 fn root_lets_other_users_read() {
-    if !can_fuse("root_lets_other_users_read") {
+    if !can_fuse() {
         return;
     }
     if !rustix::process::geteuid().is_root() {
-        println!("root_lets_other_users_read: skipped: not root");
+        println!("SKIPPED: not root");
         return;
     }
     let place = Place::new();
@@ -268,7 +268,7 @@ fn root_lets_other_users_read() {
 
 #[test]
 fn many_readers_at_once_get_the_right_bytes() {
-    if !can_fuse("many_readers_at_once_get_the_right_bytes") {
+    if !can_fuse() {
         return;
     }
     let place = Place::new();
@@ -294,7 +294,7 @@ fn many_readers_at_once_get_the_right_bytes() {
 
 #[tokio::test]
 async fn a_session_serves_until_its_last_reader_has_gone() {
-    if !can_fuse("a_session_serves_until_its_last_reader_has_gone") {
+    if !can_fuse() {
         return;
     }
     let place = Place::new();
@@ -311,7 +311,7 @@ async fn a_session_serves_until_its_last_reader_has_gone() {
 
 #[tokio::test]
 async fn a_mount_that_others_took_away_is_the_end_of_its_session() {
-    if !can_fuse("a_mount_that_others_took_away_is_the_end_of_its_session") {
+    if !can_fuse() {
         return;
     }
     let place = Place::new();
@@ -377,7 +377,7 @@ fn readers_of_a_killed_server(user: u32) {
 
 #[test]
 fn readers_of_a_killed_server_get_an_error() {
-    if can_fuse("readers_of_a_killed_server_get_an_error") {
+    if can_fuse() {
         readers_of_a_killed_server(0);
     }
 }

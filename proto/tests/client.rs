@@ -68,7 +68,7 @@ async fn a_socket_of_others_is_told_with_what_to_do() {
     let _listener = UnixListener::bind(&path).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
     match connect(&path).await {
-        Ok(_) => println!("skipped: root may use every socket"),
+        Ok(_) => println!("SKIPPED: root may use every socket"),
         Err(error) => {
             assert!(matches!(error, ConnectError::Denied { .. }), "{error:?}");
             assert!(error.to_string().contains("run as root"), "{error}");

@@ -15,6 +15,7 @@ use carport_proto::carport::v1 as api;
 use carport_proto::client::connect;
 use carport_proto::csi::v1 as csi;
 use carport_proto::pluginregistration::v1 as registration;
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::transport::Channel;
@@ -275,7 +276,7 @@ impl Node {
     ///
     /// When it does not run.
     pub fn stop_agent(&mut self) -> ExitStatus {
-        self.signal("TERM");
+        self.signal(Signal::TERM);
         self.wait_for_agent()
     }
 
@@ -300,15 +301,13 @@ impl Node {
         assert_eq!(status.signal(), Some(9));
     }
 
-    /// Sends the agent a signal by name, such as `TERM`.
+    /// Sends the agent a signal.
     ///
     /// # Panics
     ///
     /// When it does not run.
-    pub fn signal(&self, name: &str) {
-        let sent =
-            Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status();
-        assert!(sent.is_ok_and(|status| status.success()), "kill -{name}");
+    pub fn signal(&self, signal: Signal) {
+        send(self.pid(), signal);
     }
 
     /// The process that serves this node's streaming volumes, as long as it lives.
@@ -327,15 +326,14 @@ impl Node {
         })
     }
 
-    /// Sends that process a signal by name, and waits for its end.
+    /// Sends that process a signal, and waits for its end.
     ///
     /// # Panics
     ///
     /// When there is none, or it does not end within a minute.
-    pub fn end_sessions(&self, signal: &str) {
+    pub fn end_sessions(&self, signal: Signal) {
         let pid = self.sessions().expect("a process with sessions");
-        let sent = Command::new("kill").arg(format!("-{signal}")).arg(pid.to_string()).status();
-        assert!(sent.is_ok_and(|status| status.success()), "kill -{signal}");
+        send(pid, signal);
         let start = Instant::now();
         while self.sessions() == Some(pid) {
             assert!(start.elapsed() < PATIENCE, "the sessions do not end");
@@ -642,6 +640,12 @@ fn new_namespace(unshare: &mut Command) -> Option<Child> {
     Some(namespace)
 }
 
+fn send(pid: u32, signal: Signal) {
+    let process = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process's number");
+    kill_process(process, signal)
+        .unwrap_or_else(|error| panic!("send {signal:?} to {pid}: {error}"));
+}
+
 fn seen_by(process: &Child, path: &Path) -> PathBuf {
     let relative = path.strip_prefix("/").expect("an absolute path");
     PathBuf::from(format!("/proc/{}/root", process.id())).join(relative)
@@ -667,7 +671,7 @@ impl Drop for Node {
             let _ = agent.wait();
         }
         if self.sessions().is_some() {
-            self.end_sessions("KILL");
+            self.end_sessions(Signal::KILL);
         }
         // The namespace, and every mount in it, goes with its last process.
         let _ = self.namespace.kill();

@@ -313,6 +313,7 @@ fn the_image_is_of_this_version() {
         "daemonset/overlays/nvidia",
         "daemonset/overlays/without-streaming",
         "daemonset/overlays/shared-with-containerd",
+        "daemonset/overlays/k3s",
     ] {
         let text = read(&deploy(path).join("kustomization.yaml"));
         let images = &documents(&text)[0]["images"];
@@ -535,6 +536,29 @@ fn without_streaming_the_agent_is_alone_and_sees_no_other_processes() {
     let containers = pod["containers"].as_array_mut().unwrap();
     containers.retain(|container| container["name"] == "agent");
     assert_eq!(without, plain);
+}
+
+/// containerd names its files by the host's path; its socket and settings are where the agent looks.
+#[test]
+fn the_k3s_overlay_mounts_what_k3s_has() {
+    let Some(objects) = kustomize("daemonset/overlays/k3s") else { return };
+    let set = objects.iter().find(|object| object["kind"] == "DaemonSet").unwrap();
+    let pod = &set["spec"]["template"]["spec"];
+    let root = "/var/lib/rancher/k3s/agent";
+    let expected = [
+        ("containerd-run", "/run/containerd", "/run/k3s/containerd".to_owned()),
+        ("registry-hosts", "/etc/containerd/certs.d", format!("{root}/etc/containerd/certs.d")),
+        ("containerd", "/var/lib/rancher/k3s/agent/containerd", format!("{root}/containerd")),
+    ];
+    for container in array(&pod["containers"]) {
+        for (name, inside, host) in &expected {
+            let mounts = array(&container["volumeMounts"]).iter();
+            let at: Vec<_> = mounts.filter(|mount| mount["name"] == *name).collect();
+            assert_eq!(at.len(), 1, "{name}");
+            assert_eq!(at[0]["mountPath"], *inside);
+            assert_eq!(named(&pod["volumes"], name)["hostPath"]["path"], *host);
+        }
+    }
 }
 
 /// Hard links do not cross mounts.

@@ -10,6 +10,7 @@ use carport_tests::carport::binary;
 use carport_tests::images::{Image, Tar, noise};
 use carport_tests::node::{Node, Pod, Setup, eventually};
 use carport_tests::scripted::Gate;
+use rustix::process::Signal;
 use serde_json::Value;
 use tonic::Code;
 
@@ -83,7 +84,7 @@ async fn after_sigterm_in_the_middle_of_a_pull_the_next_agent_goes_on_where_it_w
     let publishing = node.publish(&waiting, &name);
     let stopping = async {
         eventually("80 MiB have come", async || arrived(&node) >= 80 * MIB).await;
-        node.signal("TERM");
+        node.signal(Signal::TERM);
     };
     let (published, ()) = tokio::join!(publishing, stopping);
     let status = published.unwrap_err();
@@ -166,7 +167,7 @@ async fn killed_at_any_moment_of_a_pull_the_next_start_is_sound() {
                 })
                 .await;
             }
-            node.signal("KILL");
+            node.signal(Signal::KILL);
         };
         let (published, ()) = tokio::join!(publishing, killing);
         assert!(!node.wait_for_agent().success());
@@ -212,7 +213,7 @@ async fn gc_frees_what_a_killed_pull_left() {
                 .any(|entry| entry.file_name() == "checkpoint.json")
         })
         .await;
-        node.signal("KILL");
+        node.signal(Signal::KILL);
     };
     let (published, ()) = tokio::join!(node.publish(&pod, &name), killing);
     published.unwrap_err();

@@ -386,7 +386,7 @@ async fn layers_that_skopeo_made_are_skipped_in() {
         .unwrap();
     let said = String::from_utf8_lossy(&done.stderr);
     if !done.status.success() {
-        eprintln!("skipped: this skopeo makes no zstd:chunked: {said}");
+        eprintln!("SKIPPED: this skopeo makes no zstd:chunked: {said}");
         return;
     }
     let index: Value =

@@ -34,7 +34,7 @@ impl Disk {
         match mounted {
             Ok(output) if output.status.success() => Some(Self(at)),
             _ => {
-                eprintln!("skipped: no tmpfs can be mounted (root only)");
+                eprintln!("SKIPPED: no tmpfs can be mounted (root only)");
                 None
             }
         }
@@ -250,7 +250,7 @@ fn has_strace() -> bool {
         Command::new("strace").args(["--quiet=all", "--seccomp-bpf", "-f", "true"]).output();
     let works = traced.is_ok_and(|output| output.status.success());
     if !works {
-        eprintln!("skipped: no strace that may trace (package strace)");
+        eprintln!("SKIPPED: no strace that may trace (package strace)");
     }
     works
 }

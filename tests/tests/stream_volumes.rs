@@ -15,6 +15,7 @@ use carport_tests::carport::binary;
 use carport_tests::images::{Image, Tar, noise};
 use carport_tests::node::{Node, Pod, Setup, eventually, publish_request};
 use carport_tests::scripted::{Answer, Gate, Request, Scripted};
+use rustix::process::Signal;
 
 const SHARD_BYTES: usize = 12 * 1024 * 1024 + 333;
 
@@ -277,7 +278,7 @@ async fn a_killed_session_is_made_again_under_running_pods() {
     let inside = container.inside(&pod.target).join("models");
     assert!(read(&node, &pod, "model-3.safetensors").await.unwrap() == shard(3));
     let waiting = blocked(at(&node, &pod, "model-1.safetensors"));
-    node.end_sessions("KILL");
+    node.end_sessions(Signal::KILL);
     let (error, took) = waiting.await.unwrap();
     assert!(took < Duration::from_secs(30), "{error}: {took:?}");
 
@@ -344,7 +345,7 @@ async fn a_session_that_is_told_to_end_gives_who_waits_an_error_at_once() {
     stream(&node, &pod, &name(&server)).await.unwrap();
     let waiting = blocked(at(&node, &pod, "model-1.safetensors"));
     assert_eq!(node.stop_agent().code(), Some(0));
-    node.end_sessions("TERM");
+    node.end_sessions(Signal::TERM);
     let (error, took) = waiting.await.unwrap();
     assert!(
         [libc::EIO, libc::ENOTCONN, libc::ECONNABORTED].contains(&error.raw_os_error().unwrap())

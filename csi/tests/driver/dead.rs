@@ -49,7 +49,7 @@ fn a_dead_mount_is_reported_and_published_over() {
 #[test]
 fn a_hung_mount_holds_up_neither_stats_nor_publish_nor_unpublish() {
     if let Err(error) = fuse::check() {
-        println!("a_hung_mount_holds_up_nothing: skipped: {error}");
+        println!("SKIPPED: {error}");
         return;
     }
     testing::in_mount_namespace_async("a_hung_mount_holds_up_nothing", || async {

@@ -48,7 +48,7 @@ async fn the_real_library_tells_what_nvidia_smi_tells() {
         let why = format!("{}: {}", inventory.provider.state, inventory.provider.message);
         let must = std::env::var_os(REQUIRED).is_some() && gpu_is_here();
         assert!(!must, "there is a GPU on this machine, and it cannot be seen: {why}");
-        println!("skipped: no GPU here: {why}");
+        println!("SKIPPED: no GPU here: {why}");
         return;
     }
     let mut record = String::from("# What this machine's GPUs reported\n");

@@ -232,11 +232,11 @@ fn assert_fuse(target: &Path) {
 /// Runs `test` on the host of a node where one can be had.
 fn on_a_host(name: &str, test: impl FnOnce() + Send) {
     if let Err(error) = fuse::check() {
-        println!("{name}: skipped: {error}");
+        println!("SKIPPED: {error}");
         return;
     }
     if !can_mount_beneath() {
-        println!("{name}: skipped: the kernel cannot mount beneath another mount");
+        println!("SKIPPED: the kernel cannot mount beneath another mount");
         return;
     }
     testing::in_mount_namespace(name, test);
@@ -332,7 +332,7 @@ fn container(name: &str, host: &Host, target: &Path, options: &str, user_namespa
 fn containers_are_turned_also_with_users_of_their_own() {
     on_a_host("containers_are_turned", || {
         if !Command::new("runc").arg("--version").output().is_ok_and(|it| it.status.success()) {
-            println!("containers_are_turned: skipped: runc is not installed");
+            println!("SKIPPED: runc is not installed");
             return;
         }
         let host = Host::new();
