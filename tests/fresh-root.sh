@@ -16,20 +16,16 @@ cd "$(dirname "$0")/.."
 suite=${SUITE:-bookworm}
 command=${COMMAND:-make demo}
 
-if [ "${INSIDE:-}" != 1 ]; then
-	if [ "$(id -u)" != 0 ]; then
-		echo "SKIPPED: a root of its own needs root" >&2
-		exit 0
-	fi
-	if ! command -v debootstrap >/dev/null; then
-		apt-get update -qq
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
-	fi
-	# A mount namespace of its own: every mount below goes with the last process.
-	INSIDE=1 exec unshare --mount --propagation private "$0"
+if [ "$(id -u)" != 0 ]; then
+	echo "SKIPPED: a root of its own needs root" >&2
+	exit 0
+fi
+if ! command -v debootstrap >/dev/null; then
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap >/dev/null
 fi
 
-cache=target/fresh-root
+cache=$PWD/target/fresh-root
 bare=$cache/$suite
 if [ ! -d "$bare" ]; then
 	mkdir -p "$cache"
@@ -43,50 +39,49 @@ if [ ! -d "$bare" ]; then
 	mv "$bare.part" "$bare"
 fi
 
-root=$(mktemp -d "$PWD/$cache/run.XXXXXX")
-# Detached mounts would hold the copy's files until the namespace ends.
-trap 'mount -l | awk -v root="$root/" "index(\$3, root) == 1 {print \$3}" | sort -r | xargs -r -n 1 umount -l; rm -rf --one-file-system "$root"' EXIT
+root=$(mktemp -d "$cache/run.XXXXXX")
+trap 'rm -rf --one-file-system "$root"' EXIT
 cp -a "$bare/." "$root"
+cp --remove-destination /etc/resolv.conf /etc/hosts "$root/etc/"
 
+# What git tracks or would track, as it is now; nothing that was built.
 mkdir -p "$root/root/carport"
 chmod 0700 "$root/root"
-# What git tracks or would track, as it is now; nothing that was built.
 git ls-files -z --cached --others --exclude-standard | xargs -0 -r ls -d 2>/dev/null | tar -c -T - | tar -x -C "$root/root/carport"
 git -C "$root/root/carport" init -q
 
-mount -t proc proc "$root/proc"
-mount --rbind /sys "$root/sys"
-mount --rbind /dev "$root/dev"
-cp --remove-destination /etc/resolv.conf "$root/etc/resolv.conf"
-cp --remove-destination /etc/hosts "$root/etc/hosts"
-
-cargo=$(command -v cargo)
-rustc=$(rustc --print sysroot)
-mkdir -p "$root/opt/rust" "$root/opt/cargo/registry"
-mount --bind "$rustc" "$root/opt/rust"
-mount -o remount,bind,ro "$root/opt/rust"
-cargo_home=${CARGO_HOME:-$HOME/.cargo}
-mkdir -p "$cargo_home/registry"
-mount --bind "$cargo_home/registry" "$root/opt/cargo/registry"
-[ ! -e "$cargo_home/config.toml" ] || cp "$cargo_home/config.toml" "$root/opt/cargo/"
-
-# Certificates that this machine's network asks for, where it has some of its own.
-certificates=()
+# Certificates and proxies that this machine's network asks for, where it has some of its own.
+network=()
 for variable in SSL_CERT_FILE CURL_CA_BUNDLE CARGO_HTTP_CAINFO GIT_SSL_CAINFO; do
 	file=${!variable:-}
 	[ -f "$file" ] || continue
 	cp "$file" "$root/etc/ssl/certs/this-machine.pem"
-	certificates+=("$variable=/etc/ssl/certs/this-machine.pem")
+	network+=("$variable=/etc/ssl/certs/this-machine.pem")
 done
-proxies=()
 for variable in http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY; do
-	[ -z "${!variable:-}" ] || proxies+=("$variable=${!variable}")
+	[ -z "${!variable:-}" ] || network+=("$variable=${!variable}")
 done
 
-echo "fresh-root: $command in a bare $suite, with $("$cargo" --version)"
+cargo_home=${CARGO_HOME:-$HOME/.cargo}
+mkdir -p "$root/opt/rust" "$root/opt/cargo/registry" "$cargo_home/registry"
+[ ! -e "$cargo_home/config.toml" ] || cp "$cargo_home/config.toml" "$root/opt/cargo/"
+
+echo "fresh-root: $command in a bare $suite, with $(cargo --version)"
 start=$SECONDS
-env -i HOME=/root TERM=dumb LANG=C.UTF-8 CARGO_HOME=/opt/cargo \
-	PATH=/opt/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-	"${certificates[@]}" "${proxies[@]}" \
-	chroot "$root" /bin/bash -c "cd /root/carport && $command"
+# A mount namespace whose root it is, as on a machine: mounts go with the last process.
+ROOT=$root RUST=$(rustc --print sysroot) REGISTRY=$cargo_home/registry COMMAND=$command \
+	unshare --mount --propagation private bash -euc '
+	mount --bind "$ROOT" "$ROOT"
+	mount --bind "$RUST" "$ROOT/opt/rust"
+	mount -o remount,bind,ro "$ROOT/opt/rust"
+	mount --bind "$REGISTRY" "$ROOT/opt/cargo/registry"
+	mount -t proc proc "$ROOT/proc"
+	mount --rbind /sys "$ROOT/sys"
+	mount --rbind /dev "$ROOT/dev"
+	cd "$ROOT"
+	pivot_root . mnt
+	exec env -i HOME=/root TERM=dumb LANG=C.UTF-8 CARGO_HOME=/opt/cargo "$@" \
+		PATH=/opt/rust/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+		bash -c "umount -l /mnt && cd /root/carport && $COMMAND"
+	' bash "${network[@]}"
 echo "fresh-root: passed in $((SECONDS - start)) s"

@@ -26,6 +26,7 @@ struct Home {
     dir: tempfile::TempDir,
     image: String,
     target: PathBuf,
+    program: PathBuf,
 }
 
 impl Home {
@@ -36,6 +37,7 @@ impl Home {
         let home = Self {
             image: format!("oci:{}:v1", dir.path().join("layout").display()),
             target: dir.path().join("model"),
+            program: reachable(Path::new(env!("CARGO_BIN_EXE_carport")), dir.path()),
             dir,
         };
         let model = home.dir.path().join("source");
@@ -55,7 +57,7 @@ impl Home {
     }
 
     fn carport(&self, arguments: &[&str]) -> Output {
-        self.command(env!("CARGO_BIN_EXE_carport")).args(arguments).output().unwrap()
+        self.command(&self.program).args(arguments).output().unwrap()
     }
 
     fn done(&self, arguments: &[&str]) -> String {
@@ -108,6 +110,13 @@ impl Home {
         assert_eq!(count("volumes"), count("mounts"));
         count("volumes")
     }
+}
+
+/// Another name of `program` in `folder`: the target folder may lie where only root may go.
+fn reachable(program: &Path, folder: &Path) -> PathBuf {
+    let name = folder.join("carport");
+    fs::hard_link(program, &name).or_else(|_| fs::copy(program, &name).map(drop)).unwrap();
+    name
 }
 
 impl Drop for Home {

@@ -65,7 +65,7 @@ fn as_ordinary_user(test: &str, run: impl FnOnce() + Send) {
 
 /// A model's tree, and an empty folder to mount it on. Open to all users.
 struct Place {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     rootfs: PathBuf,
     target: PathBuf,
 }
@@ -84,7 +84,7 @@ impl Place {
         fs::set_permissions(rootfs.join("run"), fs::Permissions::from_mode(0o555)).unwrap();
         symlink("/etc/hostname", rootfs.join("absolute")).unwrap();
         symlink("models/tokenizer", rootfs.join("relative")).unwrap();
-        Self { _dir: dir, rootfs, target }
+        Self { dir, rootfs, target }
     }
 
     fn tree(&self) -> Tree {
@@ -136,7 +136,10 @@ struct Server {
 
 impl Server {
     fn start(place: &Place, user: u32) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        // Under another name: the target folder may lie where only root may go.
+        let (this, program) = (std::env::current_exe().unwrap(), place.dir.path().join("server"));
+        fs::hard_link(&this, &program).or_else(|_| fs::copy(&this, &program).map(drop)).unwrap();
+        let mut command = Command::new(program);
         command
             .args(["--exact", "serve", "--nocapture"])
             .env(TREE, &place.rootfs)

@@ -2,14 +2,14 @@
 //!
 //! `carport-demo PROGRAM` shows that program instead of the `carport` of this source tree.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use carport_tests::{carport, demo};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let given = std::env::args_os().nth(1).map(PathBuf::from);
+    // The agent starts in another folder.
+    let given = std::env::args_os().nth(1).map(|path| std::path::absolute(path).expect("a path"));
     // The demo shows the optimised binary where it is one itself.
     let binary = given.unwrap_or_else(|| carport::beside_this().to_owned());
     match demo::run(&binary, &mut std::io::stdout()).await {
