@@ -1,4 +1,4 @@
-//! The wire: generated types and services, and a client's way to the agent, and a server's to clients.
+//! The wire: generated types and services, a client's way to the agent, and the server's end of a unix socket.
 //!
 //! - [`carport::v1`]: the agent's own API, with [`FILE_DESCRIPTOR_SET`] for reflection;
 //! - [`csi::v1`], [`pluginregistration::v1`]: what the kubelet calls, as much of it as is served;

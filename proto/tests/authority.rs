@@ -1,7 +1,10 @@
 //! Clients whose `:authority` is the socket's path, before a real tonic server.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on says where
+
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use carport_proto::authority::AnyAuthority;
 use carport_proto::pluginregistration::v1::registration_server::{
@@ -10,6 +13,7 @@ use carport_proto::pluginregistration::v1::registration_server::{
 use carport_proto::pluginregistration::v1::{
     InfoRequest, PluginInfo, RegistrationStatus, RegistrationStatusResponse,
 };
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream};
 use tokio::net::UnixListener;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -54,6 +58,80 @@ async fn curl(socket: &Path, authority: &str) -> Option<Output> {
             None
         }
     }
+}
+
+/// What grpc-go 1.83.2 sends when it dials a registration socket as the kubelet does: GetInfo twice and
+/// NotifyRegistrationStatus, by `tests/clients/grpc-go record`.
+const GRPC_GO: &[u8] = include_bytes!("fixtures/grpc-go-1.83.2-registration.bin");
+
+/// The calls that an h2 server makes of the bytes, in reads of `size`: their paths, authorities and user agents.
+async fn calls(
+    server: impl AsyncRead + AsyncWrite + Unpin,
+    mut client: DuplexStream,
+    size: usize,
+) -> Vec<Result<[String; 3], Option<h2::Reason>>> {
+    let sending = tokio::spawn(async move {
+        for bytes in GRPC_GO.chunks(size) {
+            client.write_all(bytes).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        client
+    });
+    let mut connection = h2::server::handshake(server).await.unwrap();
+    let (mut calls, mut answers) = (vec![], vec![]);
+    for _ in 0..3 {
+        let accepted = tokio::time::timeout(Duration::from_secs(1), connection.accept()).await;
+        let Ok(Some(accepted)) = accepted else { break };
+        calls.push(accepted.map_err(|error| error.reason()).map(|(request, answer)| {
+            answers.push(answer);
+            let agent = request.headers()["user-agent"].to_str().unwrap().to_owned();
+            let authority = request.uri().authority().map(ToString::to_string);
+            [request.uri().path().to_owned(), authority.unwrap_or_default(), agent]
+        }));
+    }
+    sending.await.unwrap();
+    calls
+}
+
+#[tokio::test]
+async fn the_bytes_of_a_kubelet_are_understood() {
+    let (client, server) = tokio::io::duplex(1 << 16);
+    assert_eq!(calls(server, client, GRPC_GO.len()).await, [], "h2 alone refuses all of them");
+
+    // %2Fvar%2Flib%2Fkubelet%2Fplugins_registry%2Fcsi.carport.dev-reg.sock has 68 bytes.
+    let call = |method: &str| {
+        let path = format!("/pluginregistration.Registration/{method}");
+        Ok([path, "0".repeat(68), "grpc-go/1.83.2".to_owned()])
+    };
+    let expected = [call("GetInfo"), call("GetInfo"), call("NotifyRegistrationStatus")];
+    for size in [GRPC_GO.len(), 1, 7, 100] {
+        let (client, server) = tokio::io::duplex(1 << 16);
+        let seen = calls(AnyAuthority::new(server), client, size).await;
+        assert_eq!(seen, expected, "in reads of {size}");
+    }
+}
+
+#[tokio::test]
+async fn all_bytes_come_through_a_small_buffer_and_the_end_after_them() {
+    let mut whole = vec![];
+    AnyAuthority::new(GRPC_GO).read_to_end(&mut whole).await.unwrap();
+    assert!(whole.len() < GRPC_GO.len());
+    for size in [1, 2, 10] {
+        let (mut stream, mut read) = (AnyAuthority::new(GRPC_GO), vec![]);
+        let mut buffer = vec![0; size];
+        loop {
+            let now = stream.read(&mut buffer).await.unwrap();
+            if now == 0 {
+                break;
+            }
+            read.extend_from_slice(&buffer[..now]);
+        }
+        assert!(read == whole, "with {size} bytes");
+    }
+    // A connection that breaks off in a frame.
+    let mut broken = vec![];
+    AnyAuthority::new(&GRPC_GO[..60]).read_to_end(&mut broken).await.unwrap();
+    assert!(broken == GRPC_GO[..60]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
