@@ -113,6 +113,14 @@ fn an_authority_that_was_evicted_is_forgotten() {
 }
 
 #[test]
+fn an_entry_that_is_larger_than_the_table_empties_it() {
+    let mut connection = Fields::new();
+    connection.rewrite(&fields(&[index(INSERTED, 1), text(PATH)])).unwrap();
+    connection.rewrite(&fields(&[index(INSERTED, 1), text(&[b'/'; 4096])])).unwrap();
+    assert_eq!(connection.rewrite(&index(INDEXED, 62)), Err(Malformed));
+}
+
+#[test]
 fn entries_are_kept_as_long_as_they_fit() {
     // 10 + 21 + 32 bytes, and as much as is left of 4096.
     let filling = 4096 - (10 + PATH.len() + 32) - 32 - 3;
