@@ -59,6 +59,10 @@ test-deploy: setup ## Test manifests, chart, alerts, dashboard, image and docume
 test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else built by Go where it can be (as root)
 	CSI_SANITY_INSTALL=1 $(CARGO) test --package carport-tests --test node_conformance -- --nocapture
 
+.PHONY: test-clients
+test-clients: setup ## Other gRPC clients (grpc-go, Python's grpcio) on the unix sockets, where Go and pip can have them (as root)
+	CARPORT_TEST_CLIENTS=1 $(CARGO) test --package carport-tests --test unix_clients -- --nocapture
+
 .PHONY: soak
 soak: setup ## 50,000 volumes that come and go; `make test` has 5,000 (as root)
 	CARPORT_SOAK_CYCLES=50000 $(CARGO) test --package carport-tests --test node_soak -- --nocapture
@@ -66,7 +70,7 @@ soak: setup ## 50,000 volumes that come and go; `make test` has 5,000 (as root)
 .PHONY: fuzz
 fuzz: setup ## Fuzz each parser of foreign bytes for FUZZ_SECONDS (30), where cargo-fuzz is installed
 	@if ! $(CARGO) fuzz --version >/dev/null 2>&1; then echo "fuzz: skipped: no cargo-fuzz; cargo install cargo-fuzz" >&2; exit 0; fi; \
-	for target in reference manifest tar credentials contents; do \
+	for target in reference manifest tar credentials contents authority; do \
 		mkdir -p fuzz/target/corpus/$$target && \
 		$(CARGO) fuzz run --sanitizer none $$target fuzz/target/corpus/$$target fuzz/corpus/$$target -- \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=65536 -print_final_stats=1 || exit 1; \

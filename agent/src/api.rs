@@ -26,10 +26,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, bail};
 use carport_image::Puller;
+use carport_proto::authority::AnyAuthority;
 use carport_proto::carport::v1::cache_service_server::CacheServiceServer;
 use carport_proto::carport::v1::gpu_service_server::GpuServiceServer;
 use carport_proto::carport::v1::locality_service_server::LocalityServiceServer;
-use futures_util::Stream;
+use futures_util::{Stream, TryStreamExt as _};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
@@ -129,7 +130,7 @@ impl Api {
     /// When the transport fails.
     pub async fn serve(&self, socket: Socket, stop: CancellationToken) -> anyhow::Result<()> {
         let Socket { listener, path } = socket;
-        let incoming = UnixListenerStream::new(listener);
+        let incoming = UnixListenerStream::new(listener).map_ok(AnyAuthority::new);
         let result = self.serve_on(incoming, &Guard::Open, stop).await;
         result.with_context(|| format!("serve {}", path.path.display()))
     }

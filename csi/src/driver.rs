@@ -16,8 +16,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use carport_proto::authority::AnyAuthority;
 use carport_proto::csi::v1::identity_server::IdentityServer;
 use carport_proto::csi::v1::node_server::NodeServer;
+use futures_util::TryStreamExt as _;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -300,7 +302,7 @@ pub(crate) fn start(
         socket.listener().map_err(|error| ServeError::Transport { what, source: error.into() })?;
     let stopped = stop.clone().cancelled_owned();
     servers.spawn(async move {
-        let incoming = UnixListenerStream::new(listener);
+        let incoming = UnixListenerStream::new(listener).map_ok(AnyAuthority::new);
         (what, router.serve_with_incoming_shutdown(incoming, stopped).await)
     });
     Ok(())

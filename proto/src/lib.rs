@@ -1,14 +1,16 @@
-//! The wire: generated types and services, and a client's way to the agent.
+//! The wire: generated types and services, a client's way to the agent, and the server's end of a unix socket.
 //!
 //! - [`carport::v1`]: the agent's own API, with [`FILE_DESCRIPTOR_SET`] for reflection;
 //! - [`csi::v1`], [`pluginregistration::v1`]: what the kubelet calls, as much of it as is served;
 //! - [`podresources::v1`]: what the kubelet answers, as much of it as is asked;
 //! - [`cri::v1`]: what the container runtime answers, as much of it as is asked;
-//! - [`client`]: a channel to an agent's unix socket.
+//! - [`client`]: a channel to an agent's unix socket;
+//! - [`authority`]: the server's end of one, for clients that name it by its path.
 //!
 //! Generated types stop at the adapters that use this crate: nothing below
 //! them sees a gRPC message. Messages that carry secrets print without them.
 
+pub mod authority;
 pub mod client;
 mod redact;
 
