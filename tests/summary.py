@@ -24,7 +24,7 @@ def main() -> int:
     for line in iter(command.stdout.readline, b""):
         line = line.decode(errors="replace").rstrip("\n")
         if started := BINARY.match(line):
-            binary, in_successes = started[1], False
+            binary, test, in_successes = started[1], "", False
         if line in ("successes:", "failures:"):
             in_successes = line == "successes:"
         if section := SECTION.match(line):
