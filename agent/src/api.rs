@@ -14,27 +14,27 @@
 //! - **Wrong requests are told which field is wrong**: `INVALID_ARGUMENT` with a
 //!   `google.rpc.BadRequest`. Fields that this version does not serve are refused, not ignored.
 //! - **A slow watcher costs nothing**: it loses its place, and is told so.
-//! - **One agent a socket.** A stale socket is replaced, a live one is left alone.
+//! - **One agent a socket.** A stale socket is replaced, a live one is left alone, and one whose file is
+//!   removed is created again.
 //!
 //! Who may call is who may open the socket (mode 0660): the wire itself asks nobody. Over TCP it does:
 //! see [`tcp`] and [`access`].
 
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
+use carport_csi::socket::{Modes, Serving, Socket, Sockets};
 use carport_image::Puller;
 use carport_proto::authority::AnyAuthority;
 use carport_proto::carport::v1::cache_service_server::CacheServiceServer;
 use carport_proto::carport::v1::gpu_service_server::GpuServiceServer;
 use carport_proto::carport::v1::locality_service_server::LocalityServiceServer;
-use futures_util::{Stream, TryStreamExt as _};
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
-use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::Connected;
@@ -42,6 +42,8 @@ use tonic::{Code, Status};
 use tonic_health::server::HealthReporter;
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::kubelet::Kubelet;
+use crate::metrics::ConnectionMetrics;
 use crate::run::Phase;
 use crate::state::NodeState;
 use crate::warm::Warmer;
@@ -74,6 +76,18 @@ const MAX_CALLS: usize = 64;
 /// A watcher whose machine has gone is found out within two of these.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 
+/// Puts the API's socket in place, to be served: for root and its group. Everybody may look into its folder.
+///
+/// # Errors
+///
+/// When another agent serves there, or it cannot be made.
+pub fn bind(path: &Path) -> anyhow::Result<Socket> {
+    let bound = Socket::bind(path, Modes { socket: 0o660, folder: 0o755 });
+    let mut socket = bound.context("api.socket (--socket)")?;
+    socket.show()?;
+    Ok(socket)
+}
+
 /// What the services answer from.
 #[derive(Clone)]
 pub struct Api {
@@ -82,6 +96,7 @@ pub struct Api {
     phase: watch::Receiver<Phase>,
     puller: Puller,
     warmer: Warmer,
+    kubelet: Option<Kubelet>,
     prefetches: Prefetches,
     requests: Arc<Requests>,
     feed: Feed,
@@ -98,6 +113,7 @@ impl Api {
         phase: watch::Receiver<Phase>,
         puller: Puller,
         warmer: Warmer,
+        kubelet: Option<Kubelet>,
     ) -> Self {
         let feed = Feed::new(&state.borrow().revision);
         let (watchers, stop) = (Arc::new(Semaphore::new(MAX_WATCHERS)), CancellationToken::new());
@@ -108,6 +124,7 @@ impl Api {
             phase,
             puller,
             warmer,
+            kubelet,
             prefetches,
             requests,
             feed,
@@ -128,11 +145,19 @@ impl Api {
     /// # Errors
     ///
     /// When the transport fails.
-    pub async fn serve(&self, socket: Socket, stop: CancellationToken) -> anyhow::Result<()> {
-        let Socket { listener, path } = socket;
-        let incoming = UnixListenerStream::new(listener).map_ok(AnyAuthority::new);
+    pub async fn serve(
+        &self,
+        socket: Socket,
+        sockets: Sockets,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let path = socket.path().to_owned();
+        let incoming = socket
+            .serve(Serving::new("api", sockets), stop.clone())
+            .with_context(|| format!("listen at {}", path.display()))?
+            .map_ok(AnyAuthority::new);
         let result = self.serve_on(incoming, &Guard::Open, stop).await;
-        result.with_context(|| format!("serve {}", path.path.display()))
+        result.with_context(|| format!("serve {}", path.display()))
     }
 
     /// As [`Api::serve`], for those who may call over TCP.
@@ -140,9 +165,14 @@ impl Api {
     /// # Errors
     ///
     /// When the transport fails.
-    pub async fn serve_tcp(&self, tcp: Tcp, stop: CancellationToken) -> anyhow::Result<()> {
+    pub async fn serve_tcp(
+        &self,
+        tcp: Tcp,
+        metrics: ConnectionMetrics,
+        stop: CancellationToken,
+    ) -> anyhow::Result<()> {
         let guard = tcp.guard();
-        let result = self.serve_on(tcp.incoming(stop.clone()), &guard, stop).await;
+        let result = self.serve_on(tcp.incoming(metrics, stop.clone()), &guard, stop).await;
         result.context("serve the API over TCP")
     }
 
@@ -173,6 +203,13 @@ impl Api {
             gpu.max_decoding_message_size(MAX_REQUEST_BYTES),
             cache.max_decoding_message_size(MAX_REQUEST_BYTES),
         );
+        // Listeners end at the same signal as the server, which must hear it all the same: a server without
+        // connections to come ends without it, and watches would go on until they are cut off.
+        let ending = stop.clone();
+        let incoming = incoming.chain(stream::poll_fn(move |_| match ending.is_cancelled() {
+            true => Poll::Pending,
+            false => Poll::Ready(None),
+        }));
         let watches = self.stop.clone();
         let mut server = tonic::transport::Server::builder()
             // What a call causes to be logged says which call it was.
@@ -240,134 +277,4 @@ async fn set_not_serving(health: &HealthReporter) {
     health.set_not_serving::<LocalityServiceServer<Api>>().await;
     health.set_not_serving::<GpuServiceServer<Api>>().await;
     health.set_not_serving::<CacheServiceServer<Api>>().await;
-}
-
-/// A unix socket that listens and is not served yet. Dropping it removes the file.
-#[derive(Debug)]
-pub struct Socket {
-    listener: UnixListener,
-    path: SocketPath,
-}
-
-/// The file of a socket of ours.
-#[derive(Debug)]
-struct SocketPath {
-    path: PathBuf,
-    inode: u64,
-}
-
-impl Socket {
-    /// Listens on `path`, mode 0660. Its directory is made where it is missing.
-    ///
-    /// # Errors
-    ///
-    /// When another agent serves it, or it cannot be made.
-    pub async fn bind(path: &Path) -> anyhow::Result<Self> {
-        let shown = path.display();
-        let directory = path.parent().context("a socket needs a directory")?;
-        make_directory(directory)
-            .with_context(|| format!("make {} for the socket", directory.display()))?;
-        match std::fs::symlink_metadata(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error).with_context(|| format!("look at {shown}")),
-            Ok(meta) => {
-                use std::os::unix::fs::FileTypeExt as _;
-                if !meta.file_type().is_socket() {
-                    bail!(
-                        "{shown} is in the way: not a socket; remove it or choose another --socket"
-                    );
-                }
-                if UnixStream::connect(path).await.is_ok() {
-                    bail!(
-                        "{shown} is served by another agent; stop that one, or give this one its \
-                         own --socket and --root"
-                    );
-                }
-                tracing::info!(socket = %shown, "replace a stale socket");
-            }
-        }
-        // Under another name first, so that nobody sees it before its mode is right.
-        let temporary = directory.join(format!(".{}", std::process::id()));
-        match std::fs::remove_file(&temporary) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("remove {}", temporary.display()));
-            }
-            _ => {}
-        }
-        let listener =
-            UnixListener::bind(&temporary).with_context(|| format!("listen on {shown}"))?;
-        let ready = std::fs::set_permissions(&temporary, std::fs::Permissions::from_mode(0o660))
-            .and_then(|()| std::fs::symlink_metadata(&temporary))
-            .and_then(|meta| std::fs::rename(&temporary, path).map(|()| meta.ino()));
-        match ready {
-            Ok(inode) => Ok(Self { listener, path: SocketPath { path: path.into(), inode } }),
-            Err(error) => {
-                let _ = std::fs::remove_file(&temporary);
-                Err(error).with_context(|| format!("put the socket at {shown}"))
-            }
-        }
-    }
-}
-
-impl Drop for SocketPath {
-    /// Removes the file, unless another agent has put its own there since.
-    fn drop(&mut self) {
-        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|meta| meta.ino() == self.inode);
-        if ours && let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(socket = %self.path.display(), %error, "remove the socket");
-        }
-    }
-}
-
-/// Open to all, whatever the umask says; a directory that is there keeps its mode.
-fn make_directory(directory: &Path) -> std::io::Result<()> {
-    if directory.is_dir() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(directory)?;
-    std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o755))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_stale_socket_is_replaced_and_a_live_one_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run/carport.sock");
-        let first = Socket::bind(&path).await.unwrap();
-        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o660);
-        let refused = Socket::bind(&path).await.unwrap_err().to_string();
-        assert!(refused.contains("served by another agent"), "{refused}");
-        drop(first);
-        assert!(!path.exists());
-        // As a killed agent leaves it.
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(path.exists());
-        drop(Socket::bind(&path).await.unwrap());
-        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
-    }
-
-    #[tokio::test]
-    async fn what_is_no_socket_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("carport.sock");
-        std::fs::write(&path, "precious").unwrap();
-        let refused = Socket::bind(&path).await.unwrap_err().to_string();
-        assert!(refused.contains("in the way"), "{refused}");
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
-    }
-
-    #[tokio::test]
-    async fn another_agent_s_socket_is_not_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("carport.sock");
-        let first = Socket::bind(&path).await.unwrap();
-        std::fs::remove_file(&path).unwrap();
-        let _second = Socket::bind(&path).await.unwrap();
-        drop(first);
-        assert!(path.exists());
-    }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! cli ─► config ─► run ─┬─► api ─► placement   gRPC on a unix socket   ◄─┐
 //!                       ├─► http, metrics      for scrapers and probes ◄─┴─ state: one value
+//!                       ├─► kubelet            whether it can use the volumes ▲
 //!                       ├─► prepull, cri       what must be here             ▲ store, pulls, volumes
 //!                       ├─► watermark          what must go                  │
 //!                       ├─► gpu                NVML's thread ────────────────┘
@@ -19,6 +20,8 @@ pub mod config;
 pub mod cri;
 pub mod gpu;
 pub mod http;
+pub mod kubelet;
+pub mod listen;
 pub mod logging;
 mod memory;
 pub mod metrics;

@@ -24,6 +24,7 @@ use crate::placement::gpus::by_health;
 use crate::prepull::{EntryReport, EntryState};
 use crate::state::{NodeState, in_flight, same_pull};
 
+mod connections;
 mod gpus;
 mod runtime;
 mod scrub;
@@ -31,6 +32,7 @@ mod store;
 mod streams;
 mod volumes;
 
+pub use connections::ConnectionMetrics;
 use gpus::GpuMetrics;
 #[cfg(test)]
 pub(crate) use gpus::tests::one_gpu;
@@ -64,6 +66,8 @@ pub struct Metrics {
     pub scrub: ScrubMetrics,
     /// What came from the container runtime.
     pub runtime: RuntimeMetrics,
+    /// Connections, sockets, and the kubelet's calls.
+    pub connections: ConnectionMetrics,
 }
 
 /// Pulls of this agent, whoever asked for them.
@@ -171,6 +175,7 @@ impl Default for Metrics {
         let store = StoreMetrics::new(&mut registry);
         let scrub = ScrubMetrics::new(&mut registry);
         let runtime = RuntimeMetrics::new(&mut registry);
+        let connections = ConnectionMetrics::new(&mut registry);
         let node = NodeMetrics::new(&mut registry);
         Self {
             registry,
@@ -183,6 +188,7 @@ impl Default for Metrics {
             store,
             scrub,
             runtime,
+            connections,
         }
     }
 }

@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use carport_csi::mount::KernelMounter;
+use carport_csi::socket::{Socket, Sockets};
 use carport_csi::volume::LayoutFolders;
 use carport_csi::{BoundDriver, Driver, DriverConfig, Streams, Volumes};
 use carport_image::runtime::Inventory;
@@ -29,17 +30,19 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::tcp::Tcp;
-use crate::api::{Api, Socket};
+use crate::api::{self, Api};
 use crate::commands::fuse;
 use crate::config::Config;
 use crate::cri;
 use crate::gpu::{self, GpuHandle};
 use crate::http::{self, Pages};
+use crate::kubelet::{self, Kubelet};
+use crate::listen;
 use crate::memory;
 use crate::metrics::Metrics;
 use crate::prepull::{self, IntoRuntime, Prepull};
 use crate::scrub;
-use crate::state::{Keeper, NodeState};
+use crate::state::{Keeper, NodeState, Trouble};
 use crate::warm::Warmer;
 use crate::watermark;
 
@@ -90,7 +93,10 @@ struct Agent {
     keeper: Keeper,
     prepull: watch::Sender<Arc<prepull::Report>>,
     inventory: watch::Sender<Arc<Inventory>>,
+    troubles: watch::Sender<Arc<Vec<Trouble>>>,
     state: watch::Receiver<Arc<NodeState>>,
+    sockets: Sockets,
+    kubelet: Option<Kubelet>,
     socket: Socket,
     tcp: Option<Tcp>,
     http: tokio::net::TcpListener,
@@ -103,10 +109,13 @@ impl Agent {
             "csi.enabled: mounting volumes needs root; run the agent as root, or write false \
              (--csi false)"
         );
+        if let Err(error) = listen::raise_open_files() {
+            tracing::warn!(%error, "cannot raise the limit of open files; leaving it as it is");
+        }
         // The socket first: where another agent runs, nothing of its store is touched.
-        let socket = Socket::bind(&config.api.socket).await?;
-        let tcp = Tcp::bind(&config.api.tcp).await?;
-        let http = http::bind(config.http.listen).await?;
+        let socket = api::bind(&config.api.socket)?;
+        let tcp = Tcp::bind(&config.api.tcp)?;
+        let http = http::bind(config.http.listen)?;
         let root = config.root.clone();
         let store = tokio::task::spawn_blocking(move || Store::open(root)).await??;
         let store = store.with_limits(config.limits());
@@ -128,10 +137,19 @@ impl Agent {
             let events = metrics.streams.clone();
             volumes = volumes.with_streams(streams.observed_by(move |event| events.observe(event)));
         }
-        let driver = match config.csi.enabled {
-            true => Some(bind_driver(&config, &volumes, &metrics)?),
-            false => None,
-        };
+        let counted = metrics.connections.clone();
+        let sockets = Sockets::new(move |event| counted.observe(event));
+        let (mut driver, mut kubelet) = (None, None);
+        if config.csi.enabled {
+            let cannot_mount = tokio::task::spawn_blocking(kubelet::cannot_mount).await?;
+            if let Some(why) = &cannot_mount {
+                tracing::error!(%why, "this node cannot mount volumes; every publish is refused");
+                volumes = volumes.refusing(why);
+            }
+            let bound = bind_driver(&config, &volumes, &sockets, &metrics)?;
+            kubelet = Some(Kubelet::new(&config, bound.kubelet(), sockets.missing(), cannot_mount));
+            driver = Some(bound);
+        }
         if driver.is_some() {
             let found = volumes.reconcile(&config.csi.kubelet_dir.join("pods")).await?;
             tracing::info!(?found, "volumes from before");
@@ -139,12 +157,14 @@ impl Agent {
         let gpus = gpu::start(config.gpu_options()).context("start the GPU thread")?;
         let (prepull, reported) = watch::channel(Arc::default());
         let (inventory, listed) = watch::channel(Arc::default());
+        let (troubles, judged) = watch::channel(Arc::default());
         let (keeper, state) = Keeper::new(
             puller.clone(),
             volumes.clone(),
             gpus.reader(),
             reported,
             listed,
+            judged,
             Arc::clone(&metrics),
         )
         .await?;
@@ -158,7 +178,10 @@ impl Agent {
             keeper,
             prepull,
             inventory,
+            troubles,
             state,
+            sockets,
+            kubelet,
             socket,
             tcp,
             http,
@@ -176,7 +199,10 @@ impl Agent {
             keeper,
             prepull,
             inventory,
+            troubles,
             state,
+            sockets,
+            kubelet,
             socket,
             tcp,
             http,
@@ -188,7 +214,14 @@ impl Agent {
         let address = http.local_addr().context("ask for the HTTP address")?;
 
         let node = config.node_name.clone();
-        let api = Api::new(node, state.clone(), phase_seen.clone(), puller.clone(), warmer.clone());
+        let api = Api::new(
+            node,
+            state.clone(),
+            phase_seen.clone(),
+            puller.clone(),
+            warmer.clone(),
+            kubelet.clone(),
+        );
         rest.start({
             let api = api.clone();
             |stop| async move {
@@ -198,14 +231,19 @@ impl Agent {
         });
         calls.start({
             let api = api.clone();
-            |stop| async move { api.serve(socket, stop).await }
+            |stop| async move { api.serve(socket, sockets, stop).await }
         });
         let tcp_address = tcp.as_ref().map(|tcp| tcp.address().to_string());
         if let Some(tcp) = tcp {
-            let api = api.clone();
-            calls.start(|stop| async move { api.serve_tcp(tcp, stop).await });
+            let (api, metrics) = (api.clone(), metrics.connections.clone());
+            calls.start(|stop| async move { api.serve_tcp(tcp, metrics, stop).await });
         }
-        let registration = driver.as_ref().map(BoundDriver::registration);
+        if let Some(kubelet) = kubelet.clone() {
+            rest.start(|stop| async move {
+                kubelet.follow(troubles, stop).await;
+                Ok(())
+            });
+        }
         if let Some(driver) = driver {
             calls.start(|stop| async move { Ok(driver.serve(stop.cancelled_owned()).await?) });
         }
@@ -272,10 +310,13 @@ impl Agent {
             puller: puller.clone(),
             state,
             phase: phase_seen,
-            registration,
+            kubelet,
             metrics,
         };
-        rest.start(|stop| http::serve(http, pages, stop));
+        rest.start(|stop| async move {
+            http::serve(http, pages, stop).await;
+            Ok(())
+        });
         phase.send_replace(Phase::Serving);
         tracing::info!(
             node = %config.node_name,
@@ -360,6 +401,7 @@ impl Group {
 fn bind_driver(
     config: &Config,
     volumes: &Volumes,
+    sockets: &Sockets,
     metrics: &Metrics,
 ) -> anyhow::Result<BoundDriver> {
     let driver = DriverConfig::in_kubelet_folder(
@@ -369,6 +411,8 @@ fn bind_driver(
     )?
     .with_logins(config.token_logins());
     let calls = metrics.volumes.clone();
-    let driver = Driver::new(driver, volumes.clone()).observed_by(move |call| calls.observe(call));
+    let driver = Driver::new(driver, volumes.clone())
+        .observed_by(move |call| calls.observe(call))
+        .with_sockets(sockets.clone());
     Ok(driver.bind()?)
 }

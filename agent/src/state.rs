@@ -54,7 +54,8 @@ pub struct Revision {
 /// Something that is wrong with the node: a fixed code, and a sentence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Trouble {
-    /// `STORE_UNREADABLE`, `DISK_PRESSURE`, `PREPULL_LIST_INVALID`, `PREPULL_NO_ROOM`.
+    /// `STORE_UNREADABLE`, `DISK_PRESSURE`, `PREPULL_LIST_INVALID`, `PREPULL_NO_ROOM`, and those of
+    /// [`Kubelet::findings`](crate::kubelet::Kubelet::findings).
     pub code: &'static str,
     /// What is wrong, and what to do.
     pub message: String,

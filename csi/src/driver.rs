@@ -8,8 +8,8 @@
 //! ```
 //!
 //! The kubelet calls the CSI socket as soon as it sees the registration socket, and that
-//! has to answer within a second: so it is shown last, and goes first. In between it is shown
-//! again whenever somebody removes it: see `registration`.
+//! has to answer within a second: so it is shown last, and goes first. In between both are created
+//! again whenever somebody removes them: see [`crate::socket`].
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -19,25 +19,29 @@ use std::time::Duration;
 use carport_proto::authority::AnyAuthority;
 use carport_proto::csi::v1::identity_server::IdentityServer;
 use carport_proto::csi::v1::node_server::NodeServer;
+use carport_proto::pluginregistration::v1::registration_server::RegistrationServer;
 use futures_util::TryStreamExt as _;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
+use tonic::{Request, Status};
 
 use crate::call::{Call, Observer};
 use crate::identity::IdentityService;
+use crate::kubelet::{Kubelet, KubeletStatus};
 use crate::node::NodeService;
-use crate::registration::{Registered, RegistrationState};
-use crate::socket::{BindError, Socket};
+use crate::registration::RegistrationService;
+use crate::socket::{BindError, Caller, Modes, Serving, Socket, Sockets};
 use crate::volume::Volumes;
 
 /// Calls that do not end by themselves when the driver stops are cut off after this;
 /// waits for images have been ended before.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The registration calls are answered at once; who stays connected is cut off after this.
+const REGISTRATION_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The CSI specification's limits, in bytes.
 const MAX_NAME_BYTES: usize = 63;
@@ -181,18 +185,25 @@ pub struct Driver {
     config: Arc<DriverConfig>,
     volumes: Volumes,
     observer: Observer,
+    sockets: Sockets,
 }
 
 impl Driver {
     /// A driver for `volumes`.
     pub fn new(config: DriverConfig, volumes: Volumes) -> Self {
-        Self { config: Arc::new(config), volumes, observer: Arc::new(|_| {}) }
+        let (observer, sockets) = (Arc::new(|_: &Call| {}), Sockets::default());
+        Self { config: Arc::new(config), volumes, observer, sockets }
     }
 
     /// Tells `observer` of each publish and unpublish when it has ended. It must not wait.
     pub fn observed_by(mut self, observer: impl Fn(&Call) + Send + Sync + 'static) -> Self {
         self.observer = Arc::new(observer);
         self
+    }
+
+    /// Reports to `sockets` what happens to the driver's.
+    pub fn with_sockets(self, sockets: Sockets) -> Self {
+        Self { sockets, ..self }
     }
 
     /// Binds the sockets. A caller may connect to CSI from now on and waits until it is
@@ -202,12 +213,13 @@ impl Driver {
     ///
     /// See [`BindError`].
     pub fn bind(self) -> Result<BoundDriver, BindError> {
-        let mut csi = Socket::bind(self.config.endpoint())?;
-        let registration = self.config.registration().map(Socket::bind).transpose()?;
+        let bind = |path: &Path| Socket::bind(path, Modes::ROOT);
+        let mut csi = bind(self.config.endpoint())?;
+        let registration = self.config.registration().map(bind).transpose()?;
         csi.show()?;
-        let Self { config, volumes, observer } = self;
-        let (told, _) = watch::channel(RegistrationState::Waiting);
-        Ok(BoundDriver { config, volumes, observer, csi, registration, told })
+        let Self { config, volumes, observer, sockets } = self;
+        let kubelet = Kubelet::new();
+        Ok(BoundDriver { config, volumes, observer, sockets, csi, registration, kubelet })
     }
 }
 
@@ -216,16 +228,17 @@ pub struct BoundDriver {
     config: Arc<DriverConfig>,
     volumes: Volumes,
     observer: Observer,
+    sockets: Sockets,
     csi: Socket,
     registration: Option<Socket>,
-    told: watch::Sender<RegistrationState>,
+    kubelet: Kubelet,
 }
 
 impl BoundDriver {
-    /// What the kubelet makes of the driver, from now on. Of one that registers nowhere nothing is
+    /// What the kubelet has called and said, from now on. Of one that registers nowhere nothing is
     /// ever heard.
-    pub fn registration(&self) -> watch::Receiver<RegistrationState> {
-        self.told.subscribe()
+    pub fn kubelet(&self) -> watch::Receiver<KubeletStatus> {
+        self.kubelet.subscribe()
     }
 
     /// Serves until `shutdown` ends; then removes the sockets, ends waiting publishes with
@@ -234,41 +247,67 @@ impl BoundDriver {
     /// # Errors
     ///
     /// When serving ends without being asked to.
-    pub async fn serve(mut self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+    pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+        let Self { config, volumes, observer, sockets, csi, registration, kubelet } = self;
         let (stop, hide) = (CancellationToken::new(), CancellationToken::new());
         let mut servers = JoinSet::new();
 
-        let identity = IdentityService { config: Arc::clone(&self.config) };
+        let called = {
+            let kubelet = kubelet.clone();
+            move |request: Request<()>| {
+                understood(&request);
+                kubelet.called();
+                Ok::<_, Status>(request)
+            }
+        };
+        let identity = IdentityService { config: Arc::clone(&config) };
         let node = NodeService {
-            config: Arc::clone(&self.config),
-            volumes: self.volumes.clone(),
-            observer: self.observer,
+            config: Arc::clone(&config),
+            volumes: volumes.clone(),
+            observer,
+            kubelet: kubelet.clone(),
         };
-        let csi = Server::builder()
-            .add_service(IdentityServer::new(identity))
-            .add_service(NodeServer::new(node));
-        start(&mut servers, "csi", csi, &mut self.csi, &stop)?;
-        let registered = match self.registration.take() {
-            Some(socket) => Some(Registered::show(&self.config, &self.told, socket)?),
-            None => None,
-        };
-        let mut registered =
-            registered.map(|shown| AbortOnDropHandle::new(tokio::spawn(shown.keep(hide.clone()))));
-        tracing::info!(driver = self.config.name(), endpoint = %self.config.endpoint().display(),
-            registered_at = self.config.registration().map(|p| tracing::field::display(p.display())),
+        let router = Server::builder()
+            .add_service(IdentityServer::with_interceptor(identity, called.clone()))
+            .add_service(NodeServer::with_interceptor(node, called));
+        start(&mut servers, router, csi, Serving::new("csi", sockets.clone()), &stop)?;
+        let mut registrars = JoinSet::new();
+        if let Some(mut socket) = registration {
+            // Before anybody can see the socket.
+            kubelet.socket_shown();
+            socket.show()?;
+            let (shown, unheard) = (kubelet.clone(), kubelet.clone());
+            let serving = Serving {
+                // The kubelet's folder is the kubelet's to make.
+                make_folder: false,
+                before_shown: Arc::new(move || shown.socket_shown()),
+                not_understood: Arc::new(move |caller| unheard.not_understood(caller)),
+                ..Serving::new("registration", sockets)
+            };
+            let service = RegistrationService { config: Arc::clone(&config), kubelet };
+            let heard = |request: Request<()>| {
+                understood(&request);
+                Ok::<_, Status>(request)
+            };
+            let router =
+                Server::builder().add_service(RegistrationServer::with_interceptor(service, heard));
+            start(&mut registrars, router, socket, serving, &hide)?;
+        }
+        tracing::info!(driver = config.name(), endpoint = %config.endpoint().display(),
+            registered_at = config.registration().map(|p| tracing::field::display(p.display())),
             "serving CSI");
 
         let ended = tokio::select! {
             () = shutdown => None,
             ended = servers.join_next() => ended,
+            Some(ended) = registrars.join_next() => Some(ended),
         };
         hide.cancel();
-        if let Some(registered) = &mut registered
-            && let Err(error) = registered.await
-        {
-            tracing::error!(%error, "the registration ended before");
+        let hidden = async { while registrars.join_next().await.is_some() {} };
+        if tokio::time::timeout(REGISTRATION_DRAIN_TIMEOUT, hidden).await.is_err() {
+            tracing::debug!("a registration call was cut off");
         }
-        self.volumes.stop();
+        volumes.stop();
         stop.cancel();
         let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {
             while servers.join_next().await.is_some() {}
@@ -289,20 +328,29 @@ impl BoundDriver {
     }
 }
 
-pub(crate) type Ended = (&'static str, Result<(), tonic::transport::Error>);
+type Ended = (&'static str, Result<(), tonic::transport::Error>);
 
-pub(crate) fn start(
+/// Whoever called has made itself understood.
+fn understood(request: &Request<()>) {
+    if let Some(caller) = request.extensions().get::<Caller>() {
+        caller.is_understood();
+    }
+}
+
+fn start(
     servers: &mut JoinSet<Ended>,
-    what: &'static str,
     router: Router,
-    socket: &mut Socket,
+    socket: Socket,
+    serving: Serving,
     stop: &CancellationToken,
 ) -> Result<(), ServeError> {
-    let listener =
-        socket.listener().map_err(|error| ServeError::Transport { what, source: error.into() })?;
+    let what = serving.name;
+    let incoming = socket
+        .serve(serving, stop.clone())
+        .map_err(|error| ServeError::Transport { what, source: error.into() })?;
     let stopped = stop.clone().cancelled_owned();
     servers.spawn(async move {
-        let incoming = UnixListenerStream::new(listener).map_ok(AnyAuthority::new);
+        let incoming = incoming.map_ok(AnyAuthority::new);
         (what, router.serve_with_incoming_shutdown(incoming, stopped).await)
     });
     Ok(())

@@ -34,10 +34,12 @@ pub(crate) mod fake;
 mod kernel;
 mod mountinfo;
 pub mod native;
+mod reach;
 mod syscalls;
 
 pub use kernel::KernelMounter;
 pub(crate) use kernel::open as open_tree;
+pub use reach::{Viewer, hidden_by, over};
 
 /// Shows trees at paths.
 pub trait Mounter: Send + Sync + fmt::Debug {

@@ -34,7 +34,9 @@ use tracing::Instrument as _;
 use crate::call::{Observer, Operation, Report, shown};
 use crate::deadline::deadline;
 use crate::driver::{DriverConfig, TokenLogin};
-use crate::mount::MountError;
+use crate::kubelet::Kubelet;
+use crate::mount::{MountError, Viewer};
+use crate::socket::Caller;
 use crate::volume::{
     Condition, InvalidRequest, PublishError, PublishRequest, StatsError, TargetPath,
     UnpublishError, VolumeAttributes, VolumeId, Volumes,
@@ -61,6 +63,7 @@ pub(crate) struct NodeService {
     pub(crate) config: Arc<DriverConfig>,
     pub(crate) volumes: Volumes,
     pub(crate) observer: Observer,
+    pub(crate) kubelet: Kubelet,
 }
 
 #[tonic::async_trait]
@@ -70,11 +73,13 @@ impl Node for NodeService {
         request: Request<NodePublishVolumeRequest>,
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let deadline = deadline(request.metadata());
+        let viewer = viewer(&request);
+        self.kubelet.seen_by(viewer);
         let request = request.into_inner();
         let (volume, target) = (&request.volume_id, &request.target_path);
         let mut report = Report::begin(Operation::Publish, volume, target, &self.observer);
         let span = tracing::info_span!("publish", volume = shown(volume));
-        let outcome = self.publish(&request, deadline, &mut report).instrument(span).await;
+        let outcome = self.publish(&request, viewer, deadline, &mut report).instrument(span).await;
         report.end(outcome).map(|()| Response::new(NodePublishVolumeResponse {}))
     }
 
@@ -142,8 +147,9 @@ impl Node for NodeService {
 
     async fn node_get_info(
         &self,
-        _: Request<NodeGetInfoRequest>,
+        request: Request<NodeGetInfoRequest>,
     ) -> Result<Response<NodeGetInfoResponse>, Status> {
+        self.kubelet.node_info(viewer(&request));
         Ok(Response::new(NodeGetInfoResponse {
             node_id: self.config.node_id().to_owned(),
             max_volumes_per_node: 0,
@@ -155,10 +161,11 @@ impl NodeService {
     async fn publish(
         &self,
         request: &NodePublishVolumeRequest,
+        viewer: Viewer,
         deadline: Instant,
         report: &mut Report,
     ) -> Result<(), Status> {
-        let request = parse_publish(request, self.config.logins(), deadline)?;
+        let request = parse_publish(request, viewer, self.config.logins(), deadline)?;
         report.pod.clone_from(&request.attributes.pod);
         report.digest = request.attributes.image.digest();
         match self.volumes.publish(request).await {
@@ -193,8 +200,14 @@ impl NodeService {
     }
 }
 
+/// From which mount namespace a call comes.
+fn viewer<T>(request: &Request<T>) -> Viewer {
+    Viewer::of(request.extensions().get::<Caller>().and_then(Caller::pid))
+}
+
 fn parse_publish(
     request: &NodePublishVolumeRequest,
+    viewer: Viewer,
     logins: &[TokenLogin],
     deadline: Instant,
 ) -> Result<PublishRequest, Status> {
@@ -206,7 +219,7 @@ fn parse_publish(
     let mut attributes = VolumeAttributes::parse(context)?;
     attributes.options.noexec |= noexec;
     let secret = with_tokens(parse_secret(request)?, request, logins)?;
-    Ok(PublishRequest { volume_id, target, attributes, secret, deadline })
+    Ok(PublishRequest { volume_id, target, attributes, secret, viewer, deadline })
 }
 
 fn parse_place(volume_id: &str, target: &str) -> Result<(VolumeId, TargetPath), InvalidRequest> {
@@ -284,7 +297,9 @@ impl From<InvalidRequest> for Status {
 
 fn publish_code(error: &PublishError) -> Code {
     match error {
-        PublishError::Occupied { .. } => Code::FailedPrecondition,
+        PublishError::Occupied { .. }
+        | PublishError::NotSeen { .. }
+        | PublishError::CannotMount(_) => Code::FailedPrecondition,
         PublishError::Incompatible { .. } => Code::AlreadyExists,
         PublishError::LayoutRefused { .. } | PublishError::PinRefused(_) => Code::PermissionDenied,
         PublishError::NothingShown(_) => Code::NotFound,

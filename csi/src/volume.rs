@@ -58,7 +58,7 @@ pub use filter::Filter;
 pub use layouts::LayoutFolders;
 pub use record::VolumeRecord;
 
-use crate::mount::Mounter;
+use crate::mount::{Mounter, Viewer};
 use crate::stream::Streams;
 use disk::{Disk, Standing, Wanted};
 use streaming::Streamed;
@@ -75,6 +75,7 @@ pub struct Volumes {
     access: Option<AccessCheck>,
     max_pin: Duration,
     streams: Option<Streams>,
+    cannot_mount: Option<Arc<str>>,
 }
 
 struct Inner {
@@ -102,6 +103,8 @@ pub struct PublishRequest {
     pub attributes: VolumeAttributes,
     /// The pod's own credentials for the registry.
     pub secret: PullSecret,
+    /// Who has to see the mount.
+    pub viewer: Viewer,
     /// When to answer at the latest, complete or not.
     pub deadline: Instant,
 }
@@ -187,7 +190,14 @@ impl Volumes {
             access: None,
             max_pin: Duration::ZERO,
             streams: None,
+            cannot_mount: None,
         }
+    }
+
+    /// Refuses every publish at once with this reason, before anything is pulled.
+    #[must_use]
+    pub fn refusing(self, why: &str) -> Self {
+        Self { cannot_mount: Some(why.into()), ..self }
     }
 
     /// Mounts an image that is here already only for who may have it of its registry.
@@ -225,7 +235,7 @@ impl Volumes {
     /// Dropping the future gives up the wait; the pull goes on, and a mount that is being
     /// made is made: call again, or unpublish.
     pub async fn publish(&self, request: PublishRequest) -> Result<Published, PublishError> {
-        let PublishRequest { volume_id, target, attributes, secret, deadline } = request;
+        let PublishRequest { volume_id, target, attributes, secret, viewer, deadline } = request;
         let interrupted = |why: Interrupted, late| why.error(&target, late);
 
         let place = self.inner.targets.enter(&target);
@@ -251,8 +261,7 @@ impl Volumes {
             return Ok(Published { digest: record.digest, already: true });
         }
 
-        let allowed = self.inner.layouts.check(&wanted.attributes.image);
-        if let Err(error) = allowed.and_then(|()| self.check_pin(&wanted.attributes)) {
+        if let Err(error) = self.check_request(&wanted, viewer) {
             let disk = self.inner.disk.clone();
             // What another configuration allowed goes, too, unless it is mounted.
             let refuse = move || (disk.after_failure(&wanted, error), turn);
@@ -399,6 +408,16 @@ impl Volumes {
     /// Ends every wait with [`PublishError::Stopping`], now and from now on. Mounts stay.
     pub fn stop(&self) {
         self.inner.stop.cancel();
+    }
+
+    /// What can be refused before anything is pulled.
+    fn check_request(&self, wanted: &Wanted, viewer: Viewer) -> Result<(), PublishError> {
+        if let Some(why) = &self.cannot_mount {
+            return Err(PublishError::CannotMount(Arc::clone(why)));
+        }
+        self.inner.disk.check_reach(&wanted.target, viewer)?;
+        self.inner.layouts.check(&wanted.attributes.image)?;
+        self.check_pin(&wanted.attributes)
     }
 
     fn check_pin(&self, attributes: &VolumeAttributes) -> Result<(), PublishError> {

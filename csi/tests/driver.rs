@@ -14,7 +14,9 @@ use std::time::{Duration, Instant};
 use carport_csi::driver::ServeError;
 use carport_csi::mount::KernelMounter;
 use carport_csi::volume::LayoutFolders;
-use carport_csi::{BindError, Call, Driver, DriverConfig, RegistrationState, Volumes, code_name};
+use carport_csi::{
+    BindError, Call, Driver, DriverConfig, KubeletStatus, RegistrationState, Volumes, code_name,
+};
 use carport_proto::client::{ConnectError, connect};
 use carport_proto::csi::v1::identity_client::IdentityClient;
 use carport_proto::csi::v1::node_client::NodeClient;
@@ -51,7 +53,7 @@ struct Node {
     shutdown: Option<oneshot::Sender<()>>,
     served: JoinHandle<Result<(), ServeError>>,
     calls: Arc<Mutex<Vec<Call>>>,
-    registration: watch::Receiver<RegistrationState>,
+    kubelet: watch::Receiver<KubeletStatus>,
 }
 
 fn config(world: &World) -> DriverConfig {
@@ -71,12 +73,23 @@ impl Node {
         let driver = Driver::new(config.clone(), volumes(world))
             .observed_by(move |call| heard.lock().unwrap().push(*call));
         let bound = driver.bind().unwrap();
-        let registration = bound.registration();
+        let kubelet = bound.kubelet();
         let (shutdown, asked) = oneshot::channel();
         let served = tokio::spawn(bound.serve(async move {
             let _ = asked.await;
         }));
-        Self { config, shutdown: Some(shutdown), served, calls, registration }
+        Self { config, shutdown: Some(shutdown), served, calls, kubelet }
+    }
+
+    /// How far the registration is, and what the kubelet said where it refused.
+    fn registration(&self) -> (&'static str, Option<String>) {
+        match &self.kubelet.borrow().registration {
+            RegistrationState::NotCalled { .. } => ("not called", None),
+            RegistrationState::NotUnderstood { .. } => ("not understood", None),
+            RegistrationState::Asked { .. } => ("asked", None),
+            RegistrationState::Registered { .. } => ("registered", None),
+            RegistrationState::Refused { why, .. } => ("refused", Some(why.clone())),
+        }
     }
 
     async fn stop(mut self) {
@@ -156,6 +169,7 @@ fn the_kubelet_registers_the_driver_and_runs_pods_with_it() {
         // It finds the socket, and calls CSI before it says how the registration went.
         let registry = world.folder.path().join("kubelet/plugins_registry");
         let found = wait_for(&registry.join("csi.carport.dev-reg.sock")).await;
+        assert_eq!(node.registration(), ("not called", None));
         let mut registration = RegistrationClient::new(connect(&found).await.unwrap());
         let info = registration.get_info(InfoRequest {}).await.unwrap().into_inner();
         assert_eq!((&*info.r#type, &*info.name), ("CSIPlugin", NAME));
@@ -164,14 +178,15 @@ fn the_kubelet_registers_the_driver_and_runs_pods_with_it() {
         let mut client = node.node().await;
         let answer = client.node_get_info(NodeGetInfoRequest {}).await.unwrap().into_inner();
         assert_eq!((&*answer.node_id, answer.max_volumes_per_node), ("node-1", 0));
-        let mut told = node.registration.clone();
-        assert_eq!(*told.borrow_and_update(), RegistrationState::Waiting);
+        assert_eq!(node.registration(), ("asked", None));
+        let info_at = node.kubelet.borrow().node_info;
+        assert!(info_at.is_some_and(|at| at.elapsed().unwrap() < Duration::from_secs(60)));
         let refused = RegistrationStatus { plugin_registered: false, error: "taken".into() };
         registration.notify_registration_status(refused).await.unwrap();
-        assert_eq!(*told.borrow_and_update(), RegistrationState::Failed("taken".into()));
+        assert_eq!(node.registration(), ("refused", Some("taken".into())));
         let status = RegistrationStatus { plugin_registered: true, error: String::new() };
         registration.notify_registration_status(status).await.unwrap();
-        assert_eq!(*told.borrow_and_update(), RegistrationState::Registered);
+        assert_eq!(node.registration(), ("registered", None));
 
         let capabilities = client.node_get_capabilities(NodeGetCapabilitiesRequest {}).await;
         let capabilities: Vec<rpc::Type> = capabilities
@@ -381,7 +396,7 @@ fn a_kubelet_that_restarts_registers_and_publishes_again() {
             node.node().await.node_get_info(NodeGetInfoRequest {}).await.unwrap();
             let status = RegistrationStatus { plugin_registered: true, error: String::new() };
             kubelet.notify_registration_status(status).await.unwrap();
-            assert_eq!(*node.registration.borrow(), RegistrationState::Registered);
+            assert_eq!(node.registration(), ("registered", None));
             for _ in 0..4 {
                 let request = NodeGetCapabilitiesRequest {};
                 node.node().await.node_get_capabilities(request).await.unwrap();

@@ -112,7 +112,7 @@ impl Node {
     ///
     /// As [`Node::start`], and when the namespace cannot be prepared.
     pub fn set_up(binary: &Path, setup: Setup) -> Option<Self> {
-        let namespace = new_namespace(Command::new("unshare").args(["--propagation", "private"]))?;
+        let namespace = machine()?;
         let (_, log) = mpsc::channel();
         let mut node = Self {
             folder: tempfile::tempdir().expect("a temporary folder"),
@@ -139,8 +139,7 @@ impl Node {
         self.kill_agent();
         let _ = self.namespace.kill();
         let _ = self.namespace.wait();
-        self.namespace = new_namespace(Command::new("unshare").args(["--propagation", "private"]))
-            .expect("a mount namespace, as before");
+        self.namespace = machine().expect("a mount namespace, as before");
         self.prepare();
         self.start_agent();
     }
@@ -177,16 +176,30 @@ impl Node {
         command
     }
 
-    /// A mount namespace that gets a copy of this one's mounts, and of those to come where
-    /// they are shared: the kubelet's, of a node whose agent lives in a container.
+    /// A mount namespace that gets a copy of this one's mounts, and of those to come: the
+    /// kubelet's, of a node whose agent lives in a container.
     ///
     /// # Panics
     ///
     /// When it cannot be made.
     pub fn copied_namespace(&self) -> Namespace {
+        self.namespace_with("unchanged")
+    }
+
+    /// A mount namespace that gets a copy of this one's mounts, and none of those to come: a
+    /// pod's, as it is by default.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be made.
+    pub fn private_namespace(&self) -> Namespace {
+        self.namespace_with("private")
+    }
+
+    fn namespace_with(&self, propagation: &str) -> Namespace {
         let mut unshare = self.within("unshare");
-        unshare.args(["--propagation", "unchanged"]);
-        Namespace(new_namespace(&mut unshare).expect("a mount namespace, as before"))
+        unshare.args(["--propagation", propagation]);
+        Namespace(new_namespace(&mut unshare, "true").expect("a mount namespace, as before"))
     }
 
     /// Starts the agent (again), and waits until it serves.
@@ -612,13 +625,20 @@ impl Drop for Namespace {
     }
 }
 
-/// A process that keeps a mount namespace until its input ends. Nothing, and a word about it,
-/// where none can be made.
-fn new_namespace(unshare: &mut Command) -> Option<Child> {
+/// The mount namespace of a machine: nothing of it is seen outside, and inside all mounts are
+/// shared, as systemd makes them.
+fn machine() -> Option<Child> {
+    let mut unshare = Command::new("unshare");
+    new_namespace(unshare.args(["--propagation", "private"]), "mount --make-rshared /")
+}
+
+/// A process that keeps a mount namespace, prepared by a command, until its input ends. Nothing, and
+/// a word about it, where none can be made.
+fn new_namespace(unshare: &mut Command, prepare: &str) -> Option<Child> {
     let namespace = unshare
         .args(["--mount", "sh", "-c"])
         // Says that it is there, then waits for the end of its input.
-        .arg("echo ready; read _")
+        .arg(format!("{prepare} && echo ready; read _"))
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

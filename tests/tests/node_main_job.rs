@@ -269,7 +269,7 @@ async fn the_kubelet_finds_the_driver_and_its_calls_are_answered_as_csi_wants() 
     assert_eq!(info.supported_versions, ["1.0.0"]);
     // The node is ready when the kubelet sends it volumes, and says why while it does not.
     let (status, why) = node.page("/readyz").await;
-    assert!(status == 503 && why.contains("has not registered the CSI driver yet"), "{why}");
+    assert!(status == 503 && why.contains("has not reported the outcome"), "{why}");
     for error in [None, None, Some("plugin name is taken")] {
         node.register(error).await;
         let (status, why) = node.page("/readyz").await;

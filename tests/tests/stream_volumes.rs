@@ -274,7 +274,7 @@ async fn a_killed_session_is_made_again_under_running_pods() {
     let pod = node.pod("first");
     stream(&node, &pod, &name(&server)).await.unwrap();
     // A container with mounts of its own, which gets none of those that the agent makes.
-    let container = node.copied_namespace();
+    let container = node.private_namespace();
     let inside = container.inside(&pod.target).join("models");
     assert!(read(&node, &pod, "model-3.safetensors").await.unwrap() == shard(3));
     let waiting = blocked(at(&node, &pod, "model-1.safetensors"));

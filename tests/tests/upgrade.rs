@@ -24,7 +24,7 @@ struct Reader {
 
 impl Reader {
     fn start(node: &Node, path: &Path, content: Vec<u8>) -> Self {
-        let pod = node.copied_namespace();
+        let pod = node.private_namespace();
         let path: PathBuf = pod.inside(path);
         let held = File::open(&path).unwrap();
         let (rounds, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));

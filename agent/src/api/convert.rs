@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use carport_csi::RegistrationState;
 use carport_csi::volume::PodInfo;
 use carport_image::pull::{PullProgress, PullState};
 use carport_image::runtime::Inventory;
@@ -12,6 +13,7 @@ use prost_types::Timestamp;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
+use crate::kubelet::KubeletReport;
 use crate::placement::gpus::{self, Match, Requirement};
 use crate::placement::{self, Fit, Model, Wanted};
 use crate::state::{NodeState, Rates, Revision, Trouble, in_flight};
@@ -260,6 +262,24 @@ pub fn bandwidth(state: &NodeState, pulls: &[PullProgress]) -> v1::Bandwidth {
         active_pulls: count(active.count()),
         queued_pulls: 0,
         queued_bytes: placement::pulls_bytes(pulls),
+    }
+}
+
+/// What the kubelet has done so far.
+pub fn kubelet(report: &KubeletReport) -> v1::Kubelet {
+    let registration = match report.status.registration {
+        RegistrationState::NotCalled { .. } => v1::KubeletRegistration::NotCalled,
+        RegistrationState::NotUnderstood { .. } => v1::KubeletRegistration::NotUnderstood,
+        RegistrationState::Asked { .. } => v1::KubeletRegistration::Asked,
+        RegistrationState::Registered { .. } => v1::KubeletRegistration::Registered,
+        RegistrationState::Refused { .. } => v1::KubeletRegistration::Refused,
+    };
+    v1::Kubelet {
+        registration: registration.into(),
+        since: Some(timestamp(report.since)),
+        message: report.message.clone().unwrap_or_default(),
+        node_info_time: report.status.node_info.map(timestamp),
+        last_call_time: report.status.last_call.map(timestamp),
     }
 }
 

@@ -35,6 +35,7 @@ impl Bench {
                 phase,
                 puller.clone(),
                 Warmer::new(puller.store().clone()),
+                None,
             ),
         }
     }

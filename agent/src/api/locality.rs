@@ -122,6 +122,7 @@ impl Api {
             gpus: Some(gpu::inventory(&state.gpus.as_of(Instant::now()))),
             reasons: convert::reasons(&state.troubles),
             runtime: convert::runtime(&state.runtime),
+            kubelet: self.kubelet.as_ref().map(|kubelet| convert::kubelet(&kubelet.report())),
         }
     }
 }

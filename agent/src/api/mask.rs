@@ -56,6 +56,7 @@ pub(super) fn node(message: v1::Node, mask: Option<&FieldMask>) -> Result<v1::No
             gpus,
             reasons,
             runtime,
+            kubelet,
         ]
     )
 }

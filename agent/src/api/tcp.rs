@@ -1,7 +1,7 @@
 //! The API over TCP: TLS always, and never without knowing who calls.
 //!
 //! ```text
-//! listener ─► handshake, bounded in number and time ─► connections for the server
+//! listener ─► TLS and HTTP/2's first bytes, bounded in number and time ─► connections for the server
 //! files ─► looked at every few seconds ─► new connections get what they say now
 //! ```
 //!
@@ -22,9 +22,9 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
@@ -32,11 +32,20 @@ use tonic::transport::server::Connected;
 
 use super::access::{Authenticator, Certificates, Guard, TokenFile};
 use crate::config::Tcp as Config;
+use crate::listen::{self, LimitedListener, Limits, Slot, Slots};
+use crate::metrics::ConnectionMetrics;
+
+/// As in logs and metrics.
+const NAME: &str = "api_tcp";
 
 /// Who takes longer means no good, or is not there.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Connections at a time, those in their handshake included; more wait for a place.
+/// Connections at a time that have shown who they are, as far as TLS asks for that.
 const MAX_CONNECTIONS: usize = 1_024;
+/// Connections at a time that have not yet. Apart from the others, so that who says nothing keeps out nobody who is served.
+const MAX_HANDSHAKES: usize = 256;
+/// What a client sends first: <https://www.rfc-editor.org/rfc/rfc9113#section-3.4>.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How often the files are looked at.
 const RELOAD: Duration = Duration::from_secs(10);
 
@@ -60,7 +69,7 @@ impl Tcp {
     /// # Errors
     ///
     /// When a file is missing or wrong, or the address is taken.
-    pub async fn bind(config: &Config) -> anyhow::Result<Option<Self>> {
+    pub fn bind(config: &Config) -> anyhow::Result<Option<Self>> {
         let Some(address) = config.listen else { return Ok(None) };
         let tls = RwLock::new(Arc::new(server_config(config)?));
         let tokens = match &config.tokens {
@@ -73,8 +82,7 @@ impl Tcp {
             Some(tokens) => tokens.clone(),
             None => Arc::new(Certificates),
         };
-        let listener = TcpListener::bind(address)
-            .await
+        let listener = listen::bind(address)
             .with_context(|| format!("listen on {address} for the API (api.tcp.listen)"))?;
         Ok(Some(Self {
             address: listener.local_addr().context("ask for the API's address")?,
@@ -96,47 +104,66 @@ impl Tcp {
     /// Accepts until `stop`; the connections come out of the stream.
     pub(super) fn incoming(
         self,
+        metrics: ConnectionMetrics,
         stop: CancellationToken,
     ) -> impl Stream<Item = io::Result<Connection>> {
         let (sender, receiver) = mpsc::channel(1);
         tokio::spawn(async move {
             let reload = self.secrets.clone().follow(stop.clone());
-            tokio::join!(reload, self.accept(sender, stop));
+            tokio::join!(reload, self.accept(sender, metrics, stop));
         });
         tokio_stream::wrappers::ReceiverStream::new(receiver)
     }
 
-    async fn accept(self, sender: mpsc::Sender<io::Result<Connection>>, stop: CancellationToken) {
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            let Ok(place) = places.clone().acquire_owned().await else { return };
-            let accepted = tokio::select! {
-                () = stop.cancelled() => return,
-                accepted = self.listener.accept() => accepted,
-            };
-            let (stream, peer) = match accepted {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    // Out of descriptors, mostly: others go before there is one again.
-                    tracing::warn!(%error, "accept a connection to the API");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            };
+    async fn accept(
+        self,
+        sender: mpsc::Sender<io::Result<Connection>>,
+        metrics: ConnectionMetrics,
+        stop: CancellationToken,
+    ) {
+        let served = Arc::new(Slots::new(Limits::within(MAX_CONNECTIONS, 4)));
+        let handshakes = Limits::within(MAX_HANDSHAKES, 16);
+        let mut listener = LimitedListener::new(NAME, self.listener, handshakes, metrics.clone());
+        while let Some((stream, peer, slot)) = stop.run_until_cancelled(listener.accept()).await {
             let tls = self.secrets.tls.read().unwrap_or_else(PoisonError::into_inner).clone();
-            let (sender, stop) = (sender.clone(), stop.clone());
+            let (sender, stop, served) = (sender.clone(), stop.clone(), Arc::clone(&served));
+            let metrics = metrics.clone();
             tokio::spawn(async move {
-                let handshake = TlsAcceptor::from(tls).accept(stream);
-                let done = tokio::time::timeout(HANDSHAKE, handshake);
-                match stop.run_until_cancelled(done).await {
-                    Some(Ok(Ok(stream))) => {
-                        let _ = sender.send(Ok(Connection { stream, _place: place })).await;
+                let done = tokio::time::timeout(HANDSHAKE, handshake(tls, stream));
+                let stream = match stop.run_until_cancelled(done).await {
+                    Some(Ok(Ok(stream))) => stream,
+                    Some(Ok(Err(error))) => {
+                        return tracing::info!(%peer, %error, "no TLS and HTTP/2 with a caller");
                     }
-                    Some(Ok(Err(error))) => tracing::info!(%peer, %error, "no TLS with a caller"),
-                    Some(Err(_)) => tracing::info!(%peer, "no TLS with a caller in time"),
-                    None => {}
+                    Some(Err(_)) => {
+                        return tracing::info!(%peer, "no TLS and HTTP/2 with a caller in time");
+                    }
+                    None => return,
+                };
+                match served.take_for(&slot) {
+                    Ok(place) => {
+                        drop(slot);
+                        let _ = sender.send(Ok(Connection::new(stream, place))).await;
+                    }
+                    Err(why) => {
+                        metrics.refused(NAME, why);
+                        tracing::info!(%peer, reason = why.name(), "too many connections to the API");
+                    }
                 }
             });
+        }
+    }
+}
+
+/// TLS, and the first bytes of HTTP/2: from then on the server's keepalive finds out who is gone.
+async fn handshake(tls: Arc<ServerConfig>, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
+    let mut stream = TlsAcceptor::from(tls).accept(stream).await?;
+    let mut first = [0; PREFACE.len()];
+    stream.read_exact(&mut first).await?;
+    match first == *PREFACE {
+        true => Ok(stream),
+        false => {
+            Err(io::Error::new(io::ErrorKind::InvalidData, "the caller does not speak HTTP/2"))
         }
     }
 }
@@ -209,7 +236,15 @@ fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {
 /// A connection whose handshake is done.
 pub(super) struct Connection {
     stream: TlsStream<TcpStream>,
-    _place: OwnedSemaphorePermit,
+    /// What was read already, and is still to be read by the server.
+    preface: &'static [u8],
+    _place: Slot,
+}
+
+impl Connection {
+    fn new(stream: TlsStream<TcpStream>, place: Slot) -> Self {
+        Self { stream, preface: PREFACE, _place: place }
+    }
 }
 
 impl Connected for Connection {
@@ -224,7 +259,14 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(context, buffer)
+        let this = self.get_mut();
+        if this.preface.is_empty() {
+            return Pin::new(&mut this.stream).poll_read(context, buffer);
+        }
+        let (now, later) = this.preface.split_at(this.preface.len().min(buffer.remaining()));
+        buffer.put_slice(now);
+        this.preface = later;
+        Poll::Ready(Ok(()))
     }
 }
 

@@ -51,7 +51,7 @@ impl Default for Capacity {
 
 impl Default for Http {
     fn default() -> Self {
-        // Only this machine; the DaemonSet says 0.0.0.0, where a scraper must reach it.
+        // Only this machine; the DaemonSet says [::], where a scraper must reach it.
         Self { listen: SocketAddr::from(([127, 0, 0, 1], 9760)) }
     }
 }

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Contents, Known, NodeState, Rates, Trouble, in_flight, same_pull};
 use crate::gpu::{Gpu, GpuInventory, GpuReader};
+use crate::kubelet;
 use crate::metrics::Metrics;
 use crate::page_cache::{self, Sampler};
 use crate::placement::gpus::is_free;
@@ -41,6 +42,9 @@ const SAMPLE: Duration = Duration::from_secs(1);
 /// Below this part of the room a scheduler should look elsewhere.
 const DISK_PRESSURE_RATIO: f64 = 0.05;
 
+/// What is wrong with the store.
+const STORE_CODES: [&str; 2] = ["STORE_UNREADABLE", "DISK_PRESSURE"];
+
 /// Keeps the node's state true, until it is told to stop.
 pub struct Keeper {
     puller: Puller,
@@ -48,6 +52,7 @@ pub struct Keeper {
     gpus: GpuReader,
     prepull: watch::Receiver<Arc<prepull::Report>>,
     inventory: watch::Receiver<Arc<Inventory>>,
+    kubelet: watch::Receiver<Arc<Vec<Trouble>>>,
     metrics: Arc<Metrics>,
     state: watch::Sender<Arc<NodeState>>,
     rates: Rates,
@@ -74,6 +79,7 @@ impl Keeper {
         gpus: GpuReader,
         prepull: watch::Receiver<Arc<prepull::Report>>,
         inventory: watch::Receiver<Arc<Inventory>>,
+        kubelet: watch::Receiver<Arc<Vec<Trouble>>>,
         metrics: Arc<Metrics>,
     ) -> Result<(Self, watch::Receiver<Arc<NodeState>>), StoreError> {
         let dirty = Arc::new(Notify::new());
@@ -94,6 +100,7 @@ impl Keeper {
             gpus,
             prepull,
             inventory,
+            kubelet,
             metrics,
             state,
             rates: Rates::default(),
@@ -159,6 +166,11 @@ impl Keeper {
                 Ok(()) = self.prepull.changed() => {
                     let report = Arc::clone(&self.prepull.borrow_and_update());
                     self.publish(|state| state.adopt_report(report));
+                }
+                // No volumes are served.
+                Ok(()) = self.kubelet.changed() => {
+                    let troubles = Arc::clone(&self.kubelet.borrow_and_update());
+                    self.publish(|state| state.adopt_kubelet(&troubles));
                 }
                 gpus = self.gpus.changed() => self.publish(|state| state.gpus = gpus),
                 _ = page_cache.tick() => self.look_at_page_cache().await,
@@ -352,8 +364,14 @@ impl NodeState {
         self.prepull = report;
     }
 
+    /// Takes what keeps the kubelet from using this node's volumes.
+    fn adopt_kubelet(&mut self, troubles: &[Trouble]) {
+        self.troubles.retain(|trouble| !kubelet::CODES.contains(&trouble.code));
+        self.troubles.extend_from_slice(troubles);
+    }
+
     fn judge(&mut self, error: Option<&StoreError>) {
-        self.troubles.retain(|trouble| trouble.code.starts_with("PREPULL_"));
+        self.troubles.retain(|trouble| !STORE_CODES.contains(&trouble.code));
         if let Some(error) = error {
             self.troubles
                 .push(Trouble { code: "STORE_UNREADABLE", message: format!("the store: {error}") });

@@ -51,7 +51,9 @@ fn a_second_agent_on_the_same_socket_is_refused_and_the_first_goes_on() {
     let home = Home::new();
     let agent = home.agent(&[]);
     let error = home.fails(&["agent", "--csi", "false", "--http-listen", "127.0.0.1:0"]);
-    assert!(error.contains("served by another agent"), "{error}");
+    assert!(
+        error.contains("api.socket (--socket): ") && error.contains("another process serves there")
+    );
     assert_eq!(home.json(&["status"])["node_name"], "node-1");
     agent.terminate();
 }

@@ -100,7 +100,9 @@ impl Home {
     pub(crate) fn agent_alone(&self, arguments: &[&str]) -> Agent {
         let agent = self.command(&self.agent_arguments(arguments));
         let mut command = Command::new("unshare");
-        command.arg("--mount").arg(agent.get_program()).args(agent.get_args()).env_clear();
+        // A machine's mounts are shared, as systemd makes them; none of these is seen outside.
+        command.args(["--mount", "sh", "-c", "mount --make-rshared / && exec \"$@\"", "sh"]);
+        command.arg(agent.get_program()).args(agent.get_args()).env_clear();
         command.envs(agent.get_envs().filter_map(|(name, value)| Some((name, value?))));
         Agent::start(command)
     }

@@ -169,6 +169,43 @@ async fn a_token_lets_in_as_far_as_it_says() {
     tokio::task::spawn_blocking(move || agent.terminate()).await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_nothing_keeps_out_no_caller_and_is_closed() {
+    let own = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: own.maximum, ..own };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
+    let home = Home::new();
+    let Some(folder) = certificates(&home) else { return };
+    std::fs::write(folder.join("tokens"), "reader-0123456789 sched read\n").unwrap();
+    let more = format!("    tokens: {}/tokens\n", folder.display());
+    let (agent, address) = serving(&home, &folder, &more);
+    let to: std::net::SocketAddr = agent.tcp.as_ref().unwrap().parse().unwrap();
+    let mut silent = Vec::new();
+    for n in 0..1_100 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        // Another peer than this machine, as which callers come.
+        socket.bind(([127, 0, 1, u8::try_from(n % 10).unwrap()], 0).into()).unwrap();
+        silent.push(socket.connect(to).await.unwrap());
+    }
+    let bearer = Bearer::new("reader-0123456789").unwrap();
+    let channel = connect_tls(&address, &tls(&folder, None)).unwrap();
+    let mut locality = LocalityServiceClient::with_interceptor(channel, bearer);
+    let answer = locality.get_node(v1::GetNodeRequest::default());
+    let answer = tokio::time::timeout(std::time::Duration::from_secs(5), answer).await;
+    answer.expect("served while others say nothing").unwrap();
+    let (_, metrics) = agent.get("/metrics");
+    let refused = "carport_connections_refused_total{listener=\"api_tcp\",reason=\"limit\"} ";
+    let refused = metrics.lines().find_map(|line| line.strip_prefix(refused)).unwrap();
+    assert!(refused.parse::<u32>().unwrap() > 0, "{refused}");
+    for mut stream in silent {
+        use tokio::io::AsyncReadExt as _;
+        let mut byte = [0];
+        let ended = tokio::time::timeout(crate::support::PATIENCE, stream.read(&mut byte)).await;
+        assert!(matches!(ended.expect("it is closed"), Ok(0) | Err(_)));
+    }
+    tokio::task::spawn_blocking(move || agent.terminate()).await.unwrap();
+}
+
 #[test]
 fn tcp_without_tls_or_without_asking_who_calls_is_refused() {
     let home = Home::new();

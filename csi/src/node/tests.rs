@@ -111,7 +111,7 @@ fn publish_request() -> NodePublishVolumeRequest {
 }
 
 fn parse(request: &NodePublishVolumeRequest) -> Result<PublishRequest, Status> {
-    parse_publish(request, &[], Instant::now() + Duration::from_secs(1))
+    parse_publish(request, Viewer::Myself, &[], Instant::now() + Duration::from_secs(1))
 }
 
 #[test]

@@ -26,7 +26,7 @@ use super::wire::{Answer, Ask, Open, Pull, Report, Session, Shown, State};
 use super::{Line, hear, say, socket};
 use crate::fuse::{self, FuseError, FuseMount};
 use crate::mount::{KernelMounter, MountError, Mounter as _};
-use crate::socket::{BindError, Socket};
+use crate::socket::{BindError, Modes, Serving, Socket, Sockets};
 
 /// How often what moves is told.
 const TICK: Duration = Duration::from_secs(1);
@@ -65,15 +65,18 @@ pub async fn serve(
     end: impl Future<Output = ()>,
 ) -> Result<(), BindError> {
     let path = socket(&options.folder);
-    let mut bound = Socket::bind(&path)?;
+    let mut bound = Socket::bind(&path, Modes::ROOT)?;
     // Whoever was here before is gone.
     let folder = options.folder.clone();
     let cleared = tokio::task::spawn_blocking(move || clear(&folder)).await;
     if let Err(error) = cleared {
         tracing::warn!(%error, "cannot clear what an earlier process left");
     }
-    let listener = bound.listener().map_err(|e| BindError::io("listen at", &path, e))?;
     bound.show()?;
+    let stop = CancellationToken::new();
+    let mut incoming = bound
+        .serve(Serving::new("sessions", Sockets::default()), stop.clone())
+        .map_err(|e| BindError::io("listen at", &path, e))?;
     tracing::info!(folder = %options.folder.display(), pid = std::process::id(), "serving sessions");
     let until_idle = options.until_idle;
     let server = Arc::new(Server::new(puller, options));
@@ -85,18 +88,13 @@ pub async fn serve(
     loop {
         tokio::select! {
             () = &mut end => break,
-            accepted = listener.accept() => {
-                let Ok((stream, _)) = accepted else {
-                    // Of open files there are too many: some will be closed.
-                    tokio::time::sleep(TICK).await;
-                    continue;
-                };
+            Some(connection) = incoming.accept() => {
                 let Ok(place) = Arc::clone(&connections).try_acquire_owned() else { continue };
                 let server = Arc::clone(&server);
                 needed = Instant::now();
                 tasks.spawn(async move {
                     let _place = place;
-                    server.converse(stream).await;
+                    server.converse(connection.into_stream()).await;
                 });
             }
             _ = look.tick(), if until_idle => {
@@ -108,7 +106,8 @@ pub async fn serve(
             }
         }
     }
-    drop((bound, listener));
+    stop.cancel();
+    while incoming.accept().await.is_some() {}
     server.shut_down().await;
     tracing::info!("no sessions any more");
     Ok(())

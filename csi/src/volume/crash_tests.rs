@@ -41,7 +41,8 @@ async fn act(volumes: &Volumes, what: &str, target: &Path, image: &str, exclude:
     let attributes = [("image", image), ("exclude", exclude)];
     let attributes = VolumeAttributes::parse(attributes).unwrap();
     let secret = PullSecret::none();
-    let request = PublishRequest { volume_id, target, attributes, secret, deadline };
+    let viewer = Viewer::Myself;
+    let request = PublishRequest { volume_id, target, attributes, secret, viewer, deadline };
     volumes.publish(request).await.unwrap();
 }
 

@@ -29,6 +29,7 @@ use crate::crash;
 use crate::fuse::FS_TYPE;
 use crate::mount::{
     Device, FolderId, ImagePath, MountError, MountOptions, MountPoint, Mounter, TargetState, Tree,
+    Viewer, hidden_by,
 };
 use crate::stream::Shown;
 
@@ -143,6 +144,21 @@ impl Disk {
                 | TargetState::Mounted { .. },
                 _,
             ) => Ok(Standing::Open),
+        }
+    }
+
+    /// Refuses a target at which `viewer` would not see the mount.
+    pub(super) fn check_reach(
+        &self,
+        target: &TargetPath,
+        viewer: Viewer,
+    ) -> Result<(), PublishError> {
+        match hidden_by(&*self.mounter, viewer, target.as_path())? {
+            None => Ok(()),
+            Some(mount) => Err(PublishError::NotSeen {
+                target: target.to_string(),
+                mount: mount.display().to_string(),
+            }),
         }
     }
 

@@ -45,6 +45,21 @@ pub enum PublishError {
     /// It asks for a pin that volumes may not have on this node.
     #[error("volume attribute pin: {0}")]
     PinRefused(String),
+    /// The mount would stay in the agent's mount namespace.
+    #[error(
+        "target {target}: the pod would find an empty folder, since mounts that the agent makes below \
+         {mount} stay in its own mount namespace; in Kubernetes set mountPropagation: Bidirectional at \
+         the agent's volume mount of the kubelet's folder pods, on the host run mount --make-rshared {mount}"
+    )]
+    NotSeen {
+        /// The path.
+        target: String,
+        /// The mount that it is on, which is not shared.
+        mount: String,
+    },
+    /// This node cannot mount images at all.
+    #[error("this node cannot mount images: {0}")]
+    CannotMount(Arc<str>),
     /// Neither `include` nor `exclude` leaves a file.
     #[error("volume attributes include and exclude: they leave no file of image {0}")]
     NothingShown(String),

@@ -99,6 +99,7 @@ fn request(
         target: target_path(target),
         attributes: VolumeAttributes::parse(attributes.iter().copied()).unwrap(),
         secret: PullSecret::none(),
+        viewer: Viewer::Myself,
         deadline: Instant::now() + timeout,
     }
 }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use carport_csi::mount::{KernelMounter, MountPoint, Mounter as _};
+use carport_csi::mount::{KernelMounter, Mounter as _, over};
 use carport_image::Store;
 use carport_image::runtime::PublishError;
 
@@ -286,14 +286,6 @@ pub(super) fn kubelet(config: &Config) -> anyhow::Result<Vec<Check>> {
     Ok(checks)
 }
 
-/// The mount that `path` is on. Of several at one place the last one is seen.
-fn over<'a>(mounts: &'a [MountPoint], path: &Path) -> Option<&'a MountPoint> {
-    mounts
-        .iter()
-        .filter(|mount| path.starts_with(&mount.target))
-        .max_by_key(|mount| mount.target.components().count())
-}
-
 pub(super) fn list(config: &Config) -> Vec<Check> {
     let Some(path) = &config.prepull.list else { return Vec::new() };
     let text = match fs::read_to_string(path) {
@@ -359,29 +351,6 @@ pub(super) async fn gpus(config: &Config) -> anyhow::Result<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn mount(target: &str, shared: bool) -> MountPoint {
-        MountPoint {
-            target: target.into(),
-            root: "/".into(),
-            fs_type: "ext4".into(),
-            read_only: false,
-            shared,
-        }
-    }
-
-    #[test]
-    fn a_path_is_on_the_nearest_mount_above_it_and_the_last_one_there() {
-        let mounts = [
-            mount("/", true),
-            mount("/var/lib", false),
-            mount("/var/lib", true),
-            mount("/var/lib/kubelet-other", false),
-        ];
-        assert!(over(&mounts, Path::new("/var/lib/kubelet/pods")).unwrap().shared);
-        assert_eq!(over(&mounts, Path::new("/srv")).unwrap().target, Path::new("/"));
-        assert!(over(&mounts[1..], Path::new("/srv")).is_none());
-    }
 
     #[tokio::test]
     async fn a_gpu_that_is_not_well_is_told_of() {

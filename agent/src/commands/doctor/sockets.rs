@@ -2,15 +2,16 @@
 
 use std::io::ErrorKind;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use carport_proto::carport::v1;
 use carport_proto::carport::v1::locality_service_client::LocalityServiceClient;
 use tokio::net::UnixStream;
 
 use super::super::ask;
-use super::Check;
+use super::{Check, Level};
 use crate::config::Config;
+use crate::kubelet::{CODES, GRACE};
 
 /// A socket on this machine answers at once, or its owner hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -54,8 +55,13 @@ pub(super) async fn look(config: &Config) -> (bool, Vec<Check>) {
     let shown = path.display();
     let seen = see(path).await;
     let agent = matches!(seen, Seen::Served(_));
+    let mut heard: Option<v1::Kubelet> = None;
     let mut checks = match seen {
-        Seen::Served(owner) => ask_agent(config, owner).await,
+        Seen::Served(owner) => {
+            let (checks, told) = ask_agent(config, owner).await;
+            heard = told;
+            checks
+        }
         Seen::Absent => vec![Check::warn(
             "agent",
             format!("none runs: {shown} does not exist"),
@@ -77,7 +83,8 @@ pub(super) async fn look(config: &Config) -> (bool, Vec<Check>) {
         let csi = kubelet.join("plugins").join(driver).join("csi.sock");
         let registration = kubelet.join("plugins_registry").join(format!("{driver}-reg.sock"));
         checks.push(judge("csi", &csi, see(&csi).await, agent));
-        checks.push(judge("registration", &registration, see(&registration).await, agent));
+        let served = judge("registration", &registration, see(&registration).await, agent);
+        checks.push(registered(served, heard.as_ref()));
     }
     if config.gpu.enabled {
         let socket = config.gpu_options().pod_resources;
@@ -131,7 +138,30 @@ fn judge(name: &'static str, path: &Path, seen: Seen, agent: bool) -> Check {
     }
 }
 
-async fn ask_agent(config: &Config, owner: Option<String>) -> Vec<Check> {
+/// What the agent has heard from the kubelet: that its socket is served does not mean that it was called.
+fn registered(served: Check, kubelet: Option<&v1::Kubelet>) -> Check {
+    use v1::KubeletRegistration as State;
+    let Some(kubelet) = kubelet.filter(|_| served.level == Level::Ok) else { return served };
+    let since = kubelet.since.and_then(|at| SystemTime::try_from(at).ok());
+    let since = since.unwrap_or(SystemTime::UNIX_EPOCH);
+    let advice = "the kubelet's log (journalctl -u kubelet) says what it tried";
+    match kubelet.registration() {
+        State::Registered => {
+            let when = crate::output::time(since);
+            Check::ok(
+                served.name,
+                format!("{}; the kubelet registered it at {when}", served.message),
+            )
+        }
+        // A kubelet takes a second or two.
+        State::NotCalled | State::Asked if since.elapsed().unwrap_or_default() < GRACE => {
+            Check::warn(served.name, kubelet.message.clone(), "wait a moment, and run this again")
+        }
+        _ => Check::fail(served.name, kubelet.message.clone(), advice),
+    }
+}
+
+async fn ask_agent(config: &Config, owner: Option<String>) -> (Vec<Check>, Option<v1::Kubelet>) {
     let socket = config.api.socket.display();
     let owner = owner.unwrap_or_else(|| "a process that cannot be seen from here".into());
     let answer = async {
@@ -143,7 +173,8 @@ async fn ask_agent(config: &Config, owner: Option<String>) -> Vec<Check> {
         Ok(node) => node,
         Err(error) => {
             let message = format!("{socket} is served by {owner}, which does not answer: {error}");
-            return vec![Check::fail("agent", message, "look at its log, and restart it")];
+            let check = Check::fail("agent", message, "look at its log, and restart it");
+            return (vec![check], None);
         }
     };
     let (theirs, ours) = (&node.agent_version, env!("CARGO_PKG_VERSION"));
@@ -155,14 +186,16 @@ async fn ask_agent(config: &Config, owner: Option<String>) -> Vec<Check> {
             "use one version of both on a node",
         ),
     }];
-    for reason in node.reasons {
-        checks.push(Check::warn(
-            "agent",
-            format!("{}: {}", reason.code, reason.message),
-            "docs/troubleshooting.md has the codes",
-        ));
+    // The registration is a check of its own.
+    for reason in node.reasons.iter().filter(|reason| reason.code != "KUBELET_NOT_REGISTERED") {
+        let message = format!("{}: {}", reason.code, reason.message);
+        let check = match CODES.contains(&reason.code.as_str()) {
+            true => Check::fail,
+            false => Check::warn,
+        };
+        checks.push(check("agent", message, "docs/troubleshooting.md has the codes"));
     }
-    checks
+    (checks, node.kubelet)
 }
 
 /// Without an agent: whether the port that it would want is free.
@@ -171,7 +204,7 @@ pub(super) fn http(config: &Config, agent: bool) -> Option<Check> {
     if agent || listen.port() == 0 {
         return None;
     }
-    Some(match std::net::TcpListener::bind(listen) {
+    Some(match crate::listen::bind(listen) {
         Ok(_) => Check::ok("http", format!("{listen} is free for metrics and health")),
         Err(error) => Check::fail(
             "http",
@@ -183,7 +216,6 @@ pub(super) fn http(config: &Config, agent: bool) -> Option<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Level;
     use super::*;
 
     #[tokio::test]
@@ -196,6 +228,34 @@ mod tests {
         assert!(owner.ends_with(&format!("(process {})", std::process::id())), "{owner}");
         drop(listener);
         assert_eq!(see(&path).await, Seen::Stale);
+    }
+
+    #[test]
+    fn a_socket_that_is_served_is_fine_only_when_the_kubelet_has_registered_the_driver() {
+        use v1::KubeletRegistration as State;
+        let level = |state: State, age: Duration| {
+            let kubelet = v1::Kubelet {
+                registration: state.into(),
+                since: Some(SystemTime::now().checked_sub(age).unwrap().into()),
+                message: "why".into(),
+                ..Default::default()
+            };
+            registered(Check::ok("registration", "served"), Some(&kubelet)).level
+        };
+        let (early, late) = (Duration::ZERO, GRACE);
+        assert_eq!(level(State::Registered, late), Level::Ok);
+        assert_eq!(
+            (level(State::NotCalled, early), level(State::NotCalled, late)),
+            (Level::Warn, Level::Fail)
+        );
+        assert_eq!(
+            (level(State::Asked, early), level(State::Asked, late)),
+            (Level::Warn, Level::Fail)
+        );
+        assert_eq!(level(State::NotUnderstood, early), Level::Fail);
+        assert_eq!(level(State::Refused, early), Level::Fail);
+        // An older agent does not tell.
+        assert_eq!(registered(Check::ok("registration", "served"), None).level, Level::Ok);
     }
 
     #[test]
