@@ -13,6 +13,7 @@ use crate::config::{Config, Log};
 use crate::{logging, run};
 
 mod ask;
+mod cancel;
 mod doctor;
 mod du;
 pub(crate) mod fuse;
@@ -126,6 +127,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Gpus { topo } => gpus::run(output, topo, &config).await,
             Command::Locate(arguments) => locate::run(output, &config, arguments).await,
             Command::Prefetch(arguments) => prefetch::run(output, &config, arguments).await,
+            Command::Cancel(arguments) => cancel::run(output, &config, arguments).await,
             Command::Watch { references, once, remote } => {
                 watch::run(output, &config, references, once, &remote).await
             }

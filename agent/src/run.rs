@@ -115,7 +115,8 @@ impl Agent {
         puller.set_bandwidth(config.bandwidth());
         let layouts = LayoutFolders::new(&config.csi.layout_folders);
         let metrics = Arc::new(Metrics::default());
-        let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
+        let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts)
+            .with_pull_grace(config.pull.grace_period);
         if let Some(max_pin) = config.csi.max_pin {
             volumes = volumes.with_max_pin(max_pin);
         }

@@ -37,6 +37,7 @@ pub mod native;
 mod syscalls;
 
 pub use kernel::KernelMounter;
+pub use native::Processes;
 pub(crate) use kernel::open as open_tree;
 
 /// Shows trees at paths.

@@ -178,6 +178,10 @@ async fn a_pod_starts_while_its_image_arrives_and_the_next_one_gets_a_kernel_mou
     let device = |pod: &Pod| fs::metadata(node.inside(&pod.target)).unwrap().dev();
     assert_eq!(device(&first), device(&second), "one page cache");
     assert!(fs::write(at(&node, &first, "config.json"), b"").is_err());
+    eventually("both volumes count while the image arrives", async || {
+        node.json(&["status"])["models"][0]["mount_count"] == 2
+    })
+    .await;
     let pull = node.json(&["status"])["models"][0]["pull"].clone();
     assert!(pull["done_bytes"].as_u64() > Some(OPEN_BYTES), "{pull}");
 

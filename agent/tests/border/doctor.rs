@@ -265,6 +265,10 @@ fn rights_and_devices_that_are_missing_are_told() {
     // In a pod without hostPID, on a kernel that would do.
     let alone = ["unshare", "--pid", "--fork", "--mount-proc"];
     Report::within(&home, "", &alone).is("native", "warn", "of pods are not seen from here");
+    // With hostPID on a node that is a container itself, as kind makes them.
+    let nested = r#"unshare --mount "$@"; exit $?"#;
+    let nested = [&alone[..], &["sh", "-c", nested, "sh"]].concat();
+    Report::within(&home, "", &nested).is("native", "ok", "this node is a container itself");
     Report::within(&home, "", &bare).is("native", "warn", "not mount beneath another mount");
 
     let no_device = "mount -t tmpfs tmpfs /dev";

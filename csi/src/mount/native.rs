@@ -45,6 +45,7 @@ mod namespaces;
 mod tests;
 
 use namespaces::{Namespace, Walker};
+pub use namespaces::Processes;
 
 /// A mount namespace, by the number in `/proc/<pid>/ns/mnt`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

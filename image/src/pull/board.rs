@@ -112,6 +112,11 @@ impl Board {
         list
     }
 
+    /// Whether another process pulls this image.
+    pub(super) fn is_elsewhere(&self, reference: &Reference) -> bool {
+        lock(&self.elsewhere).iter().any(|pull| pull.reference == *reference)
+    }
+
     pub(super) fn set_elsewhere(&self, pulls: Vec<PullProgress>) {
         let before = std::mem::replace(&mut *lock(&self.elsewhere), pulls.clone());
         let stage = |pull: &PullProgress| (pull.started_at, pull.digest, pull.state.clone());

@@ -70,6 +70,8 @@ pub enum Cancel {
     Stopped,
     /// The pull goes on, since somebody needs it.
     Needed(NeededBy),
+    /// The process with the streaming sessions pulls it, for pods that read it meanwhile.
+    Streaming,
 }
 
 /// Who needs a pull. Shown as a sentence.
@@ -126,6 +128,7 @@ impl Puller {
         );
         match needed {
             Some(by) => Cancel::Needed(by),
+            None if stopped == 0 && self.inner.board.is_elsewhere(reference) => Cancel::Streaming,
             None if stopped == 0 => Cancel::NotInFlight,
             None => {
                 tracing::info!(%reference, force, "cancelled a pull");
