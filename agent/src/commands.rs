@@ -10,7 +10,7 @@ use carport_image::{Puller, Store};
 
 use crate::cli::{Cli, Command};
 use crate::config::{Config, Log};
-use crate::{logging, run};
+use crate::{logging, memory, run};
 
 mod ask;
 mod cancel;
@@ -93,6 +93,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         let level = cli.global.log_level.clone().unwrap_or_else(|| "error".into());
         logging::start(&Log { level, ..config.log.clone() });
     }
+    memory::tune();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -262,10 +262,11 @@ impl Agent {
             keeper.run(stop).await;
             Ok(())
         });
+        let freeing = puller.clone();
         rest.start(|stop| async move {
             tokio::select! {
                 () = stop.cancelled() => Ok(()),
-                never = memory::give_back() => match never {},
+                never = memory::give_back(&freeing) => match never {},
             }
         });
         let pages = Pages {

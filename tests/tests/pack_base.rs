@@ -188,7 +188,7 @@ async fn skopeo_checks_what_was_pushed_on_a_base_of_dockers_form() {
     let copy = model.layout().with_file_name("copy");
     let copied = format!("oci:{}:v1", copy.display());
     let flags = ["copy", "--quiet", "--src-tls-verify=false"];
-    run("skopeo", &[&flags[..], &[&pushed, &copied]].concat());
+    run("skopeo", &[&flags[..], &["--preserve-digests", &pushed, &copied]].concat());
     let (manifest, _) = documents(&copy, &packed.digest);
     let out = tempfile::tempdir().unwrap();
     let root = unpacked(&copy, &manifest, out.path());

@@ -38,9 +38,10 @@ pub(super) async fn run(mut config: Config, arguments: &FuseArgs) -> anyhow::Res
         until_idle: arguments.until_idle,
         pull_grace: config.pull.grace_period,
     };
+    let puller = open_puller(&config)?;
     tokio::select! {
-        served = serve(open_puller(&config)?, options, told) => Ok(served?),
-        never = memory::give_back() => match never {},
+        served = serve(puller.clone(), options, told) => Ok(served?),
+        never = memory::give_back(&puller) => match never {},
     }
 }
 
