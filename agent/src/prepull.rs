@@ -34,8 +34,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{ConfigError, Rate};
 use crate::config::load::read;
+use crate::config::{ConfigError, Rate};
 use crate::gpu::GpuInventory;
 use crate::metrics::Metrics;
 use crate::state::NodeState;
@@ -262,7 +262,8 @@ impl Engine {
     /// Puts a new list in force. False: it is none, and nothing has changed.
     fn adopt(&mut self, content: &Content) -> bool {
         let path = &self.prepull.list;
-        let gone = || format!("{}: the list is gone; to pull nothing, write `images: []`", path.display());
+        let gone =
+            || format!("{}: the list is gone; to pull nothing, write `images: []`", path.display());
         let texts = match content {
             Ok(None) if !self.in_force => {
                 tracing::info!(list = %path.display(), "no pre-pull list yet");

@@ -37,8 +37,8 @@ pub mod native;
 mod syscalls;
 
 pub use kernel::KernelMounter;
-pub use native::Processes;
 pub(crate) use kernel::open as open_tree;
+pub use native::Processes;
 
 /// Shows trees at paths.
 pub trait Mounter: Send + Sync + fmt::Debug {

@@ -382,8 +382,7 @@ impl Puller {
             pin: request.pin.clone(),
             stream: request.stream,
         };
-        let (inner, priority, holder) =
-            (Arc::clone(&self.inner), request.priority, request.holder);
+        let (inner, priority, holder) = (Arc::clone(&self.inner), request.priority, request.holder);
         let flight = self.inner.images.join(&key, |stop| {
             let entry = inner.board.enter(&request.reference, request.priority);
             // What is logged on its way says which pull it was.

@@ -197,7 +197,8 @@ impl Layout {
             })
         };
         let entries: Vec<_> = manifests.iter().map(entry).collect();
-        let index = json!({"schemaVersion": 2, "mediaType": kind, "manifests": entries}).to_string();
+        let index =
+            json!({"schemaVersion": 2, "mediaType": kind, "manifests": entries}).to_string();
         let digest = self.blob(index.as_bytes());
         self.manifests.push(json!({
             "mediaType": kind, "digest": digest, "size": index.len(),

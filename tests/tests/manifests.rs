@@ -333,7 +333,10 @@ fn the_api_overlay_serves_what_its_configuration_names() {
     }
     assert_eq!(named(&agent(pod)["ports"], "api")["containerPort"], listen.port());
     let port = named(&find("Service")["spec"]["ports"], "api");
-    assert_eq!((port["port"].clone(), port["targetPort"].clone()), (json!(listen.port()), json!("api")));
+    assert_eq!(
+        (port["port"].clone(), port["targetPort"].clone()),
+        (json!(listen.port()), json!("api"))
+    );
     let rules = array(&find("NetworkPolicy")["spec"]["ingress"]);
     assert_eq!(rules[1]["ports"], json!([{"port": listen.port(), "protocol": "TCP"}]));
     // The rest is as without it.

@@ -33,8 +33,7 @@ async fn publish_within(
 
 /// What `carport cancel` prints, with its exit status and what it writes to standard error.
 fn cancel(node: &Node, arguments: &[&str]) -> (Value, Option<i32>, String) {
-    let output =
-        node.carport().args(["-o", "json", "cancel"]).args(arguments).output().unwrap();
+    let output = node.carport().args(["-o", "json", "cancel"]).args(arguments).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     (serde_json::from_slice(&output.stdout).unwrap(), output.status.code(), said)
 }
@@ -127,13 +126,11 @@ async fn a_slow_pull_says_early_how_far_it_is_and_ends_with_its_last_byte() {
     assert!(message.contains(" of 8.0 MiB ("), "{message}");
 
     // As the kubelet: it asks again, and is answered when the image is complete.
-    let (published, ()) = tokio::join!(
-        publish_within(&node, &pod, &name, Duration::from_secs(120)),
-        async {
+    let (published, ()) =
+        tokio::join!(publish_within(&node, &pod, &name, Duration::from_secs(120)), async {
             tokio::time::sleep(waited + Duration::from_secs(1)).await;
             gate.open();
-        }
-    );
+        });
     published.unwrap();
     node.unpublish(&pod).await.unwrap();
 }

@@ -42,7 +42,12 @@ fn layer(compressed: bool, fill: impl FnOnce(&Path)) -> Layer {
     }
     let file = if compressed { tar.with_extension("tar.gz") } else { tar };
     let media_type = if compressed { GZIP } else { TAR }.to_owned();
-    Layer { media_type, annotations: json!({"kept": "yes"}), bytes: fs::read(file).unwrap(), diff_id }
+    Layer {
+        media_type,
+        annotations: json!({"kept": "yes"}),
+        bytes: fs::read(file).unwrap(),
+        diff_id,
+    }
 }
 
 /// A shell and the programs that KServe's sidecar runs, in two layers.
@@ -121,12 +126,16 @@ async fn a_model_on_a_base_has_its_shell_and_its_layers_untouched() {
     let mut bases = Layout::new();
     let base = bases.add("v1", "", (CONFIG, &config(&layers, &here())), &layers);
     let model = Model::new();
-    let (destination, alone) =
-        (format!("oci:{}:v1", model.layout().display()), format!("oci:{}:a", model.layout().display()));
-    let packed = pack_on(&bases.reference("v1"), &destination, &model, &sources(&[])).await.unwrap();
+    let (destination, alone) = (
+        format!("oci:{}:v1", model.layout().display()),
+        format!("oci:{}:a", model.layout().display()),
+    );
+    let packed =
+        pack_on(&bases.reference("v1"), &destination, &model, &sources(&[])).await.unwrap();
     let again = pack_on(&bases.reference("v1"), &destination, &model, &sources(&[])).await.unwrap();
     assert_eq!(packed, again, "same files, same digest");
-    let without = pack(&model.path(), &reference(&alone), PackOptions::default(), &sources(&[])).await;
+    let without =
+        pack(&model.path(), &reference(&alone), PackOptions::default(), &sources(&[])).await;
     let without = without.unwrap();
     assert_eq!(packed.layers, layers.len() + without.layers);
 
@@ -224,7 +233,8 @@ async fn within_one_registry_the_bases_layers_are_mounted_and_not_copied() {
     });
     let server = server.await;
     let host = server.host();
-    let (base, destination) = (format!("{host}/library/base@{digest}"), format!("{host}/models/a:v1"));
+    let (base, destination) =
+        (format!("{host}/library/base@{digest}"), format!("{host}/models/a:v1"));
     pack_on(&base, &destination, &Model::new(), &sources(&[&host])).await.unwrap();
     let layer = layers[0].digest().to_string();
     let moved: Vec<_> = server
@@ -247,7 +257,9 @@ async fn of_an_index_the_platform_is_taken_that_the_image_is_for() {
     bases.add_index("foreign", &[(other, theirs)]);
     let model = Model::new();
     let destination = reference(&format!("oci:{}:v1", model.layout().display()));
-    for (platform, chosen) in [(Platform::default(), ours), (format!("linux/{other}").parse().unwrap(), theirs)] {
+    for (platform, chosen) in
+        [(Platform::default(), ours), (format!("linux/{other}").parse().unwrap(), theirs)]
+    {
         let base = Some(reference(&bases.reference("both")));
         let options = PackOptions { base, platform: platform.clone(), ..PackOptions::default() };
         let packed = pack(&model.path(), &destination, options, &sources(&[])).await.unwrap();

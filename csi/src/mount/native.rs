@@ -44,8 +44,8 @@ mod namespaces;
 #[cfg(test)]
 mod tests;
 
-use namespaces::{Namespace, Walker};
 pub use namespaces::Processes;
+use namespaces::{Namespace, Walker};
 
 /// A mount namespace, by the number in `/proc/<pid>/ns/mnt`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

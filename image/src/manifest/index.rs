@@ -56,7 +56,9 @@ impl std::str::FromStr for Platform {
             Some((os, architecture)) if part(os) && part(architecture) => {
                 Ok(Self { os: os.to_owned(), architecture: architecture.to_owned() })
             }
-            _ => Err(format!("{text:?} is no platform; write OS/ARCHITECTURE, such as linux/arm64")),
+            _ => {
+                Err(format!("{text:?} is no platform; write OS/ARCHITECTURE, such as linux/arm64"))
+            }
         }
     }
 }

@@ -168,7 +168,11 @@ fn layers(raw: &RawManifest, image: &ImageManifest) -> Result<Vec<BaseLayer>, St
         serde_json::from_slice(&raw.bytes).map_err(|error| error.to_string())?;
     let listed = manifest["layers"].as_array_mut().map(std::mem::take).unwrap_or_default();
     if listed.len() != image.layers.len() {
-        return Err(format!("{} layers are listed, {} were read", listed.len(), image.layers.len()));
+        return Err(format!(
+            "{} layers are listed, {} were read",
+            listed.len(),
+            image.layers.len()
+        ));
     }
     let layers = listed.into_iter().zip(&image.layers).map(|(mut descriptor, placed)| {
         let blob = placed.layer.blob;

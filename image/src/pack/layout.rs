@@ -86,7 +86,11 @@ pub(super) fn write(
         entry["annotations"] = json!({ REF_NAME: tag });
     }
     layout.name(tag, entry)?;
-    Ok(Packed { digest: manifest.digest, layers: base.map_or(0, |base| base.layers.len()) + layers.len(), bytes: total })
+    Ok(Packed {
+        digest: manifest.digest,
+        layers: base.map_or(0, |base| base.layers.len()) + layers.len(),
+        bytes: total,
+    })
 }
 
 /// The layout folder, locked.

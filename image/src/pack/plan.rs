@@ -165,12 +165,15 @@ mod tests {
 
     #[test]
     fn a_large_file_has_a_layer_and_small_ones_share_one() {
-        let layers = group(vec![
-            file("a", SMALL_BYTES),
-            file("b", 1),
-            file("c", SMALL_BYTES - 1),
-            file("d", 1 << 40),
-        ], MAX_LAYERS);
+        let layers = group(
+            vec![
+                file("a", SMALL_BYTES),
+                file("b", 1),
+                file("c", SMALL_BYTES - 1),
+                file("d", 1 << 40),
+            ],
+            MAX_LAYERS,
+        );
         let names: Vec<Vec<&str>> =
             layers.iter().map(|l| l.files.iter().map(|f| f.name.as_str()).collect()).collect();
         assert_eq!(names, [vec!["b", "c"], vec!["a"], vec!["d"]]);
@@ -180,7 +183,8 @@ mod tests {
     fn no_image_has_more_layers_than_a_runtime_takes() {
         for count in [99, 100, 101, 163, 1000] {
             let files = (0..count).map(|i| file(&format!("{i:04}"), SMALL_BYTES));
-            let layers = group(std::iter::once(file("small", 1)).chain(files).collect(), MAX_LAYERS);
+            let layers =
+                group(std::iter::once(file("small", 1)).chain(files).collect(), MAX_LAYERS);
             assert!(layers.len() <= MAX_LAYERS, "{count} files in {} layers", layers.len());
             assert_eq!(layers.iter().map(|l| l.files.len()).sum::<usize>(), count + 1);
             assert!(count != 99 || layers.len() == 100);

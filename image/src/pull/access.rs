@@ -75,7 +75,7 @@ impl Inner {
                 Err(SourceError::Denied(why).into())
             }
             Err(error) => {
-                Err(error.map_message(|why| without_digest(&why, reference, &digest)).into())
+                Err(error.map_message(|why| without_digest(why, reference, &digest)).into())
             }
         }
     }

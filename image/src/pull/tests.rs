@@ -334,9 +334,8 @@ async fn a_pull_that_nobody_needs_is_cancelled_and_goes_on_later() {
     let mut bench = bench();
     let layer = bench.layer(Plain, &[Entry::File("weights", &noise(7, 200_000_000))]);
     let reference = bench.layout.image("big", std::slice::from_ref(&layer));
-    let start = |holder| {
-        bench.puller.start(PullRequest { holder, ..PullRequest::new(reference.clone()) })
-    };
+    let start =
+        |holder| bench.puller.start(PullRequest { holder, ..PullRequest::new(reference.clone()) });
     let (prefetch, mut pod, list) =
         (start(Holder::Prefetch), start(Holder::Pod), start(Holder::List));
     let mut changes = bench.puller.changes();

@@ -36,12 +36,12 @@ use tonic::Code;
 
 use super::snapshots::{SNAPSHOTTER, Session, chain_ids, patient};
 use super::{Failed, Namespace, Runtime, told};
-use rustix::fs::StatVfsMountFlags;
 use crate::digest::Digest;
 use crate::manifest::Packaging;
 use crate::reference::Reference;
 use crate::store::{Store, StoreError, Whole};
 use crate::tree::{Attributes, LayerEntry, Tree};
+use rustix::fs::StatVfsMountFlags;
 
 /// Where it is tried.
 const TRIAL: &str = "carport-trial";

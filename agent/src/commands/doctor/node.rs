@@ -312,7 +312,8 @@ pub(super) fn list(config: &Config) -> Vec<Check> {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let shown = path.display();
-            let message = format!("there is none at {shown}: nothing is pulled before pods ask for it");
+            let message =
+                format!("there is none at {shown}: nothing is pulled before pods ask for it");
             return vec![Check::ok("list", message)];
         }
         Err(error) => {

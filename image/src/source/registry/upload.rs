@@ -52,7 +52,11 @@ impl Upload {
 
     /// Has the registry take the blob from another of its repositories. False where it does not, for whatever
     /// reason: the bytes can still be uploaded.
-    pub(crate) async fn mount_blob(&self, digest: &Digest, from: &str) -> Result<bool, SourceError> {
+    pub(crate) async fn mount_blob(
+        &self,
+        digest: &Digest,
+        from: &str,
+    ) -> Result<bool, SourceError> {
         let asked = self.repository.asked_blob(digest);
         let mut url = self.repository.url("blobs/uploads/")?;
         url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from);
