@@ -150,7 +150,7 @@ fn the_list_and_the_credentials_are_read() {
         ),
     );
     let report = Report::run(&home, &[]);
-    report.is("list", "fail", "list.yaml");
+    report.is("list", "ok", "there is none at");
     report.is("credentials", "fail", "login.json");
 
     std::fs::write(&list, "images:\n  - imag: r:5000/a:v1\n").unwrap();
