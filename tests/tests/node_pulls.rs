@@ -50,7 +50,7 @@ async fn a_pull_that_a_pod_left_is_cancelled_by_name_and_resumes_later() {
     let Some(node) = Node::start(binary(), &[&server.host()]) else { return };
     let name = format!("{}/team/slow:v1", server.host());
     let pod = node.pod("pod-a");
-    let late = publish_within(&node, &pod, &name, Duration::from_secs(2)).await.unwrap_err();
+    let late = publish_within(&node, &pod, &name, Duration::from_secs(5)).await.unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded, "{}", late.message());
     gate.reached(40 * MIB).await;
     node.metric_becomes("carport_pulls_in_flight", 1.0).await;
@@ -101,7 +101,7 @@ async fn a_pull_stops_when_its_pod_is_deleted_between_two_calls_of_the_kubelet()
     let Some(node) = Node::start(binary(), &[&server.host()]) else { return };
     let name = format!("{}/team/slow:v1", server.host());
     let pod = node.pod("pod-a");
-    let late = publish_within(&node, &pod, &name, Duration::from_secs(2)).await.unwrap_err();
+    let late = publish_within(&node, &pod, &name, Duration::from_secs(5)).await.unwrap_err();
     assert_eq!(late.code(), Code::DeadlineExceeded, "{}", late.message());
     node.metric_becomes("carport_pulls_in_flight", 1.0).await;
     node.unpublish(&pod).await.unwrap();
