@@ -7,8 +7,8 @@ set -eu
 
 # Minimum of Cargo.toml's rust-version.
 RUST=1.91
-PACKAGES="build-essential ca-certificates curl docker-registry fuse3 openssl procps python3 python3-venv skopeo strace util-linux zstd"
-PROGRAMS="cc curl docker-registry fusermount3 openssl ps python3 skopeo strace unshare zstd"
+PACKAGES="build-essential busybox-static ca-certificates curl docker-registry fuse3 openssl procps python3 python3-venv skopeo strace util-linux zstd"
+PROGRAMS="busybox cc curl docker-registry fusermount3 openssl ps python3 skopeo strace unshare zstd"
 
 fail() {
 	echo "setup: $*" >&2

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use carport_image::Reference;
+use carport_image::manifest::Platform;
 use carport_image::store::Owner;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -134,8 +135,14 @@ pub enum Command {
     /// DEST is an OCI layout folder (oci:/path:tag) or a registry (host/repo:tag). The files stand
     /// below /models in the image, where KServe looks for them.
     ///
+    /// With --base the model's layers are appended to another image, whose layers are copied as they are (within one
+    /// registry without their bytes). KServe's oci:// storage needs that: its sidecar runs sh, ln and sleep from
+    /// the image, which busybox has.
+    ///
     /// JSON: {destination, digest, layers, bytes}.
-    #[command(after_help = "Example:\n  carport pack ./llama oci:/tmp/llama:v1")]
+    #[command(
+        after_help = "Example:\n  carport pack ./llama oci:/tmp/llama:v1\n  carport pack ./llama registry.example/models/llama:v1 --base registry.example/library/busybox:1"
+    )]
     Pack(PackArgs),
     /// List the images in the store.
     ///
@@ -256,6 +263,17 @@ pub enum Command {
         after_help = "Example:\n  carport prefetch registry.example/team/llama:v1 --priority 5 --pin 24h"
     )]
     Prefetch(PrefetchArgs),
+    /// Ask the daemon to stop pulls that nobody needs.
+    ///
+    /// Stops what `carport prefetch` asked for, and pulls that a deleted pod has left behind. Downloaded bytes
+    /// stay in the store, and a later pull resumes from them. A pull that a pod waits for, or that the
+    /// pre-pull list names, is refused with the reason; --force stops it, and who needs it starts it again.
+    ///
+    /// Exits with 1 where a pull was refused.
+    ///
+    /// JSON: an array of {reference, cancelled, stopped}.
+    #[command(after_help = "Example:\n  carport cancel registry.example/team/llama:v1")]
+    Cancel(CancelArgs),
     /// Show what the node has, then what changes, until interrupted.
     ///
     /// A watch that breaks goes on where it was.
@@ -328,6 +346,20 @@ pub struct PullArgs {
     /// How registries are spoken to.
     #[command(flatten)]
     pub registry: RegistryArgs,
+}
+
+/// Flags of `carport cancel`.
+#[derive(Debug, Args)]
+pub struct CancelArgs {
+    /// The images, as the pods or `carport prefetch` named them; `carport status` shows them.
+    #[arg(value_name = "REF", required = true)]
+    pub references: Vec<String>,
+    /// Stop pulls also where a pod or the pre-pull list needs them.
+    #[arg(long)]
+    pub force: bool,
+    /// Where the agent is.
+    #[command(flatten)]
+    pub remote: Remote,
 }
 
 /// Flags of `carport plan`.
@@ -406,6 +438,12 @@ pub struct PackArgs {
     /// Where the image goes.
     #[arg(value_name = "DEST")]
     pub destination: Reference,
+    /// An image to append the model to: its layers stay as they are.
+    #[arg(long, value_name = "REF")]
+    pub base: Option<Reference>,
+    /// What the image is for, and which image of a base for several platforms is taken [default: this machine].
+    #[arg(long, value_name = "OS/ARCH")]
+    pub platform: Option<Platform>,
     /// The image's title [default: the folder's name].
     #[arg(long, value_name = "TEXT")]
     pub title: Option<String>,
@@ -449,6 +487,9 @@ pub struct FuseArgs {
     /// End when nothing has streamed for a while.
     #[arg(long)]
     pub until_idle: bool,
+    /// Serve nothing; ask the process that does whether it answers, and exit with 1 where it does not.
+    #[arg(long, conflicts_with = "until_idle")]
+    pub check: bool,
     /// How registries are spoken to.
     #[command(flatten)]
     pub registry: RegistryArgs,

@@ -10,9 +10,10 @@ use carport_image::{Puller, Store};
 
 use crate::cli::{Cli, Command};
 use crate::config::{Config, Log};
-use crate::{logging, run};
+use crate::{logging, memory, run};
 
 mod ask;
+mod cancel;
 mod doctor;
 mod du;
 pub(crate) mod fuse;
@@ -92,6 +93,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         let level = cli.global.log_level.clone().unwrap_or_else(|| "error".into());
         logging::start(&Log { level, ..config.log.clone() });
     }
+    memory::tune();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -126,6 +128,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
             Command::Gpus { topo } => gpus::run(output, topo, &config).await,
             Command::Locate(arguments) => locate::run(output, &config, arguments).await,
             Command::Prefetch(arguments) => prefetch::run(output, &config, arguments).await,
+            Command::Cancel(arguments) => cancel::run(output, &config, arguments).await,
             Command::Watch { references, once, remote } => {
                 watch::run(output, &config, references, once, &remote).await
             }

@@ -285,6 +285,9 @@ pub struct Pull {
     pub bandwidth: Option<Rate>,
     /// What prefetches may take of it.
     pub prefetch_bandwidth: Option<Rate>,
+    /// How long a pull goes on that no pod waits for any more, unless the kubelet asks again.
+    #[serde(serialize_with = "humantime_serde::serialize", deserialize_with = "text::grace")]
+    pub grace_period: Duration,
 }
 
 /// The verification of all that is stored, in the background.

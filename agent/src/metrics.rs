@@ -122,6 +122,7 @@ struct StateLabel {
 
 const DONE: ResultLabel = ResultLabel { result: "done" };
 const FAILED: ResultLabel = ResultLabel { result: "failed" };
+const CANCELLED: ResultLabel = ResultLabel { result: "cancelled" };
 
 /// Why pulls fail: what `PullError::reason` says, but for `cancelled`, which is no failure.
 const FAILURE_REASONS: [&str; 11] = [
@@ -204,6 +205,7 @@ impl Metrics {
         self.node.read(state);
         raise(&self.pulls.bytes, traffic.fetched_bytes);
         raise(&self.pulls.skipped, traffic.skipped_bytes);
+        raise(&self.pulls.ended.get_or_create(&CANCELLED), traffic.cancelled_pulls);
         let mut text = String::with_capacity(8 * 1024);
         encode(&mut text, &self.registry)?;
         Ok(text)
@@ -220,7 +222,7 @@ impl PullMetrics {
             seconds: Histogram::new(PULL_SECONDS),
             in_flight: Gauge::default(),
         };
-        for label in [DONE, FAILED] {
+        for label in [DONE, FAILED, CANCELLED] {
             let _ = metrics.ended.get_or_create(&label);
         }
         for reason in FAILURE_REASONS {
@@ -450,7 +452,11 @@ mod tests {
         // The failed one stays listed for a while, the other one has gone.
         metrics.pulls.observe(&steps[1], &steps[1][1..]);
         metrics.pulls.done(&steps[1][0]);
-        let traffic = |fetched_bytes| Traffic { fetched_bytes, skipped_bytes: 2 * fetched_bytes };
+        let traffic = |fetched_bytes| Traffic {
+            fetched_bytes,
+            skipped_bytes: 2 * fetched_bytes,
+            cancelled_pulls: fetched_bytes,
+        };
         metrics.encode(&node(vec![]), traffic(50)).unwrap();
         let text = metrics.encode(&node(vec![]), traffic(105)).unwrap();
         for line in [
@@ -458,6 +464,7 @@ mod tests {
             "carport_pull_skipped_bytes_total 210",
             "carport_pulls_total{result=\"done\"} 1",
             "carport_pulls_total{result=\"failed\"} 1",
+            "carport_pulls_total{result=\"cancelled\"} 105",
             "carport_pull_failures_total{reason=\"denied\"} 1",
             "carport_pull_failures_total{reason=\"no_space\"} 0",
             "carport_pulls_in_flight 0",

@@ -25,8 +25,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use carport_image::pull::{Bandwidth, Priority, PullPolicy, PullRequest, Pulled};
-use carport_image::{Digest, PullError, Puller, Reference, Runtime, Store};
+use carport_image::pull::{Bandwidth, Holder, Priority, PullPolicy, PullRequest, Pulled};
+use carport_image::{Digest, Puller, Reference, Runtime, Store};
 use jiff::Timestamp;
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::{Notify, watch};
@@ -34,8 +34,8 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Rate;
 use crate::config::load::read;
+use crate::config::{ConfigError, Rate};
 use crate::gpu::GpuInventory;
 use crate::metrics::Metrics;
 use crate::state::NodeState;
@@ -165,6 +165,7 @@ impl Prepull {
             bandwidth: self.puller.bandwidth(),
             prepull: self,
             plan: Plan::default(),
+            in_force: false,
             error: None,
             tries: JoinSet::new(),
             unpinned: true,
@@ -208,6 +209,9 @@ impl Prepull {
     }
 }
 
+/// The texts of the list and of the labels' file; nothing where there is no list.
+type Content = Result<Option<(String, Option<String>)>, String>;
+
 /// A try that is over.
 struct Tried {
     start: Start,
@@ -219,6 +223,8 @@ struct Engine {
     plan: Plan,
     /// Of the last good look.
     labels: Labels,
+    /// A list has been read since the start.
+    in_force: bool,
     error: Option<String>,
     /// As configured; the list may say otherwise.
     bandwidth: Bandwidth,
@@ -232,22 +238,43 @@ struct Engine {
 }
 
 impl Engine {
-    /// The texts of the list and of the labels' file, or why there are none.
-    async fn content(&self) -> Result<(String, Option<String>), String> {
+    /// The texts of the list and of the labels' file, or why they cannot be read. Nothing where there is no
+    /// list: its ConfigMap is optional.
+    async fn content(&self) -> Content {
         let (list, labels) = (self.prepull.list.clone(), self.prepull.labels_file.clone());
         let texts = tokio::task::spawn_blocking(move || {
-            Ok((read(&list)?, labels.as_deref().map(read).transpose()?))
+            let list = match read(&list) {
+                Err(ConfigError::Unreadable { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound =>
+                {
+                    return Ok(None);
+                }
+                list => list?,
+            };
+            Ok(Some((list, labels.as_deref().map(read).transpose()?)))
         });
         match texts.await {
-            Ok(texts) => texts.map_err(|error: crate::config::ConfigError| error.to_string()),
+            Ok(texts) => texts.map_err(|error: ConfigError| error.to_string()),
             Err(error) => Err(error.to_string()),
         }
     }
 
     /// Puts a new list in force. False: it is none, and nothing has changed.
-    fn adopt(&mut self, content: &Result<(String, Option<String>), String>) -> bool {
+    fn adopt(&mut self, content: &Content) -> bool {
         let path = &self.prepull.list;
-        let parsed = content.as_ref().map_err(Clone::clone).and_then(|(list, labels)| {
+        let gone =
+            || format!("{}: the list is gone; to pull nothing, write `images: []`", path.display());
+        let texts = match content {
+            Ok(None) if !self.in_force => {
+                tracing::info!(list = %path.display(), "no pre-pull list yet");
+                self.error = None;
+                return false;
+            }
+            Ok(None) => Err(gone()),
+            Ok(Some(texts)) => Ok(texts),
+            Err(error) => Err(error.clone()),
+        };
+        let parsed = texts.and_then(|(list, labels)| {
             let mut own = self.prepull.labels.clone();
             if let (Some(text), Some(file)) = (labels, &self.prepull.labels_file) {
                 let read = when::read_labels(text);
@@ -268,6 +295,7 @@ impl Engine {
                     ..usual
                 });
                 self.error = None;
+                self.in_force = true;
                 self.plan.adopt(&list, self.not_before.max(Instant::now()));
                 true
             }
@@ -392,6 +420,7 @@ async fn bring(start: Start, puller: Puller, runtime: Option<IntoRuntime>) -> Tr
     let request = PullRequest {
         policy,
         priority: Priority::Prefetch(start.entry.priority),
+        holder: Holder::List,
         ..PullRequest::new(start.entry.image.clone())
     };
     let pull = puller.start(request);
@@ -400,7 +429,6 @@ async fn bring(start: Start, puller: Puller, runtime: Option<IntoRuntime>) -> Tr
         None => Ended::Stopped,
         Some(Ok(pulled)) => pinned(&start.entry, pulled, puller.store().clone()).await,
         Some(Err(error)) if error.reason() == NO_SPACE => Ended::NoRoom(error.to_string()),
-        Some(Err(PullError::Cancelled(_))) => Ended::Stopped,
         Some(Err(error)) => Ended::Failed(error.to_string()),
     };
     drop(pull);

@@ -124,7 +124,8 @@ impl Agent {
         puller.set_bandwidth(config.bandwidth());
         let layouts = LayoutFolders::new(&config.csi.layout_folders);
         let metrics = Arc::new(Metrics::default());
-        let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts);
+        let mut volumes = Volumes::new(puller.clone(), Arc::new(KernelMounter), layouts)
+            .with_pull_grace(config.pull.grace_period);
         if let Some(max_pin) = config.csi.max_pin {
             volumes = volumes.with_max_pin(max_pin);
         }
@@ -299,10 +300,11 @@ impl Agent {
             keeper.run(stop).await;
             Ok(())
         });
+        let freeing = puller.clone();
         rest.start(|stop| async move {
             tokio::select! {
                 () = stop.cancelled() => Ok(()),
-                never = memory::give_back() => match never {},
+                never = memory::give_back(&freeing) => match never {},
             }
         });
         let pages = Pages {

@@ -39,6 +39,7 @@ mod syscalls;
 
 pub use kernel::KernelMounter;
 pub(crate) use kernel::open as open_tree;
+pub use native::Processes;
 pub use reach::{Viewer, hidden_by, over};
 
 /// Shows trees at paths.

@@ -35,7 +35,7 @@ mod client;
 mod serve;
 mod wire;
 
-pub use client::{Event, Starter, Streams};
+pub use client::{Event, Starter, Streams, check};
 pub(crate) use client::{Known, Unopened};
 pub use serve::{ServeOptions, serve};
 pub(crate) use wire::{Failure, Open, Session, Shown, State};

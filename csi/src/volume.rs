@@ -20,7 +20,10 @@
 //! - **A secret's image is a secret.** With an [`AccessCheck`], what was pulled with one pod's
 //!   credentials is mounted for another only after the registry has accepted that pod's own.
 //! - **A caller who goes away breaks nothing**: what was begun on a target is ended, and a
-//!   pull that was waited for goes on.
+//!   pull that was waited for goes on until the kubelet has had time to ask again, or the volume is
+//!   unpublished.
+//! - **A slow pull says so early**: the first publish of a target is answered after [`FIRST_ANSWER`] with how
+//!   far the pull is, which the kubelet shows as an event of the pod. Later ones wait until their deadline.
 //!
 //! The gRPC side of it is [`crate::driver`]; mounts are [`crate::mount`].
 
@@ -29,7 +32,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use carport_image::pull::{AccessCheck, PullHandle, PullRequest};
+use carport_image::pull::{AccessCheck, PullRequest};
 use carport_image::source::PullSecret;
 use carport_image::store::StoreError;
 use carport_image::{Digest, Puller};
@@ -43,6 +46,7 @@ mod crash_tests;
 mod disk;
 mod error;
 mod filter;
+mod kept;
 mod layouts;
 mod progress;
 mod record;
@@ -61,6 +65,7 @@ pub use record::VolumeRecord;
 use crate::mount::{Mounter, Viewer};
 use crate::stream::Streams;
 use disk::{Disk, Standing, Wanted};
+use kept::KeptPulls;
 use streaming::Streamed;
 use targets::Targets;
 
@@ -68,12 +73,22 @@ use targets::Targets;
 /// once a minute for each volume and must never hang on one.
 const STATS_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a pull goes on after a publish that waited for it has been answered, where nothing else is
+/// configured. The kubelet calls again after 2 min 2 s at most, and a call takes up to 2 min.
+pub const PULL_GRACE: Duration = Duration::from_secs(300);
+
+/// When the first publish of a volume is answered at the latest. Most pulls that a person would wonder about
+/// take longer; the kubelet calls again after half a second, so that no time is lost.
+pub const FIRST_ANSWER: Duration = Duration::from_secs(10);
+
 /// Publishes images as volumes. Clones share all state.
 #[derive(Clone)]
 pub struct Volumes {
     inner: Arc<Inner>,
     access: Option<AccessCheck>,
     max_pin: Duration,
+    pull_grace: Duration,
+    first_answer: Duration,
     streams: Option<Streams>,
     cannot_mount: Option<Arc<str>>,
 }
@@ -83,6 +98,7 @@ struct Inner {
     disk: Disk,
     layouts: LayoutFolders,
     targets: Targets,
+    kept: KeptPulls,
     stop: CancellationToken,
     changes: watch::Sender<u64>,
     /// Held shared while a session's volume is made, and alone while sessions without volumes end.
@@ -182,6 +198,7 @@ impl Volumes {
                 disk,
                 layouts,
                 targets: Targets::default(),
+                kept: KeptPulls::default(),
                 stop: CancellationToken::new(),
                 changes: watch::Sender::new(0),
                 making: Arc::default(),
@@ -189,6 +206,8 @@ impl Volumes {
             }),
             access: None,
             max_pin: Duration::ZERO,
+            pull_grace: PULL_GRACE,
+            first_answer: FIRST_ANSWER,
             streams: None,
             cannot_mount: None,
         }
@@ -211,6 +230,20 @@ impl Volumes {
     #[must_use]
     pub fn with_max_pin(self, max_pin: Duration) -> Self {
         Self { max_pin, ..self }
+    }
+
+    /// How long a pull goes on that a publish has waited for and no longer does, unless the kubelet asks
+    /// again or unpublishes the volume; [`PULL_GRACE`] where this is never called.
+    #[must_use]
+    pub fn with_pull_grace(self, pull_grace: Duration) -> Self {
+        Self { pull_grace, ..self }
+    }
+
+    /// When the first publish of a volume is answered at the latest; [`FIRST_ANSWER`] where this is never
+    /// called.
+    #[must_use]
+    pub fn with_first_answer(self, first_answer: Duration) -> Self {
+        Self { first_answer, ..self }
     }
 
     /// Lets volumes stream. Without this, and without [`Volumes::keep_streams`] running, they wait for
@@ -236,6 +269,7 @@ impl Volumes {
     /// made is made: call again, or unpublish.
     pub async fn publish(&self, request: PublishRequest) -> Result<Published, PublishError> {
         let PublishRequest { volume_id, target, attributes, secret, viewer, deadline } = request;
+        let arrived = Instant::now();
         let interrupted = |why: Interrupted, late| why.error(&target, late);
 
         let place = self.inner.targets.enter(&target);
@@ -268,27 +302,37 @@ impl Volumes {
             return Err(blocking(refuse).await.0);
         }
 
-        let turn = match self.stream(&wanted, &secret, turn, deadline, &withdrawn).await? {
-            Streamed::Published(digest) => {
+        let mut keeper = self.inner.kept.keeper(&target, withdrawn.clone(), self.pull_grace);
+        // The first answer says how far it is; from then on each one spares the kubelet a longer pause.
+        let deadline = match keeper.is_first {
+            true => deadline.min(arrived + self.first_answer),
+            false => deadline,
+        };
+        let streamed = self.stream(&wanted, &secret, turn, deadline, &withdrawn).await;
+        let turn = match streamed {
+            Err(error @ PublishError::StillPulling(_)) => return Err(error),
+            Err(error) => {
+                keeper.finish();
+                return Err(error);
+            }
+            Ok(Streamed::Published(digest)) => {
+                keeper.finish();
                 self.changed();
                 return Ok(Published { digest, already: false });
             }
-            Streamed::Wait(turn) => turn,
+            Ok(Streamed::Wait(turn)) => turn,
         };
 
-        let pull = self.pull(&wanted.attributes, secret);
-        let result = match self.until(deadline, &withdrawn, pull.handle().wait()).await {
+        let asked = self.pull_request(&wanted.attributes, secret);
+        let pull = keeper.start(&self.inner.puller, asked);
+        let result = match self.until(deadline, &withdrawn, pull.wait()).await {
             Ok(result) => result.map_err(PublishError::Pull),
-            Err(Interrupted::Withdrawn) => {
-                // The pod is gone: nobody here wants the image any more.
-                pull.give_up();
-                return Err(PublishError::Withdrawn(target.to_string()));
-            }
             Err(why) => {
-                let late = PublishError::StillPulling(Box::new(pull.handle().progress()));
+                let late = PublishError::StillPulling(Box::new(pull.progress()));
                 return Err(interrupted(why, late));
             }
         };
+        keeper.finish();
 
         let disk = self.inner.disk.clone();
         let digest = blocking(move || {
@@ -322,6 +366,7 @@ impl Volumes {
         deadline: Instant,
     ) -> Result<Option<VolumeRecord>, UnpublishError> {
         self.inner.targets.withdraw(target);
+        self.inner.kept.forget(target);
         let turn = self.inner.targets.enter(target).turn();
         let (disk, id, path) = (self.inner.disk.clone(), volume_id.clone(), target.clone());
         let work = async {
@@ -435,12 +480,13 @@ impl Volumes {
         }
     }
 
-    fn pull(&self, attributes: &VolumeAttributes, secret: PullSecret) -> KeepPulling {
-        let mut request = PullRequest::new(attributes.image.clone());
-        request.policy = attributes.pull_policy;
-        request.secret = secret;
-        request.access = self.access;
-        KeepPulling { handle: Some(self.inner.puller.start(request)) }
+    fn pull_request(&self, attributes: &VolumeAttributes, secret: PullSecret) -> PullRequest {
+        PullRequest {
+            policy: attributes.pull_policy,
+            secret,
+            access: self.access,
+            ..PullRequest::new(attributes.image.clone())
+        }
     }
 
     async fn until<T>(
@@ -461,30 +507,6 @@ impl Volumes {
 
     fn changed(&self) {
         self.inner.changes.send_modify(|count| *count = count.wrapping_add(1));
-    }
-}
-
-/// A pull that goes on when the caller who waits for it goes away: the kubelet gives up
-/// after two minutes and asks again.
-struct KeepPulling {
-    handle: Option<PullHandle>,
-}
-
-impl KeepPulling {
-    fn handle(&self) -> &PullHandle {
-        self.handle.as_ref().expect("taken only when given up or dropped")
-    }
-
-    fn give_up(mut self) {
-        drop(self.handle.take());
-    }
-}
-
-impl Drop for KeepPulling {
-    fn drop(&mut self) {
-        if let Some(handle) = self.handle.take() {
-            handle.detach();
-        }
     }
 }
 

@@ -14,6 +14,9 @@
 //! ranges. In the image the folder's content stands below `/models`, where KServe
 //! looks for it.
 //!
+//! With a base the model's layers stand on another image's, which stay what they are ([`base`]): KServe's sidecar
+//! runs `sh`, `ln` and `sleep` from a modelcar.
+//!
 //! # What always holds
 //!
 //! - **Same files, same digest.** Sorted, owner 0, time 0, modes 0444 and 0555 (0755 for
@@ -36,12 +39,14 @@ use crate::manifest::Platform;
 use crate::reference::{LayoutForm, Reference};
 use crate::source::{PullSecret, SourceError, Sources};
 
+mod base;
 mod document;
 mod layout;
 mod plan;
 mod push;
 mod tar;
 
+use base::Base;
 pub use plan::MAX_LAYERS;
 
 /// How to pack. The default packs for this machine's platform and pushes with docker's credentials.
@@ -51,8 +56,10 @@ pub struct PackOptions {
     pub platform: Platform,
     /// `org.opencontainers.image.title`; the folder's name where not given.
     pub title: Option<String>,
-    /// Credentials for a push.
+    /// Credentials for a push, and for the base.
     pub secret: PullSecret,
+    /// An image of this platform to append the model to.
+    pub base: Option<Reference>,
     /// Called about once a MiB, from any thread; must not block.
     pub progress: Option<Arc<dyn Fn(PackProgress) + Send + Sync>>,
 }
@@ -63,6 +70,7 @@ impl fmt::Debug for PackOptions {
             .field("platform", &self.platform)
             .field("title", &self.title)
             .field("secret", &self.secret)
+            .field("base", &self.base)
             .finish_non_exhaustive()
     }
 }
@@ -120,6 +128,14 @@ pub enum PackError {
         /// What is wrong with it, and what to do.
         why: String,
     },
+    /// The model cannot be appended to that image.
+    #[error("base {base}: {why}")]
+    Base {
+        /// As the caller named it.
+        base: String,
+        /// What is wrong with it, and what to do.
+        why: String,
+    },
     /// A file could not be read or written.
     #[error("pack: {}: {source}", path.display())]
     Io {
@@ -160,8 +176,20 @@ pub async fn pack(
     }
     let stop = StopOnDrop(Arc::default());
     let root = folder.to_owned();
-    let plan = Arc::new(blocking(move || plan::scan(&root)).await?);
-    let annotations = annotations(folder, options.title.clone());
+    let base = match &options.base {
+        Some(reference) => Some(Arc::new(Base::read(reference, &options, sources).await?)),
+        None => None,
+    };
+    let room = base.as_ref().map_or(MAX_LAYERS, |base| base.room().min(MAX_LAYERS));
+    let plan = Arc::new(blocking(move || plan::scan(&root, room)).await?);
+    let mut annotations = annotations(folder, options.title.clone());
+    if let Some(base) = &base {
+        let mut know = |key: &str, value: String| {
+            annotations.insert(format!("org.opencontainers.image.base.{key}"), value);
+        };
+        know("name", base.reference.to_string());
+        know("digest", base.digest.to_string());
+    }
     match destination {
         Reference::Layout(reference) if reference.form() != LayoutForm::Folder => {
             Err(PackError::Destination {
@@ -173,13 +201,15 @@ pub async fn pack(
             let (path, tag) = (reference.path().to_owned(), destination.tag().map(str::to_owned));
             let stopped = stop.0.clone();
             blocking(move || {
-                layout::write(&path, tag.as_deref(), &plan, annotations, &options, &stopped)
+                let what = layout::What { plan: &plan, base: base.as_deref(), annotations };
+                layout::write(&path, tag.as_deref(), what, &options, &stopped)
             })
             .await
         }
         Reference::Registry(reference) => {
             let upload = sources.registry().push_to(reference, &options.secret)?;
-            push::push(&upload, destination, plan, annotations, &options, &stop.0).await
+            let what = push::What { plan, base, annotations };
+            push::push(&upload, destination, what, &options, &stop.0).await
         }
     }
 }

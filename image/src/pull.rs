@@ -40,6 +40,7 @@ mod arrive;
 mod board;
 mod fetch;
 mod flight;
+mod holders;
 mod layers;
 mod meter;
 mod pace;
@@ -55,6 +56,7 @@ pub use access::{AccessCheck, RegistryAway};
 use board::{Board, Entry};
 use fetch::Fetcher;
 use flight::{Flight, Flights};
+pub use holders::{Cancel, Holder, NeededBy};
 pub use pace::Bandwidth;
 pub use plan::{Plan, PlannedImage};
 pub use slots::Priority;
@@ -112,6 +114,8 @@ pub struct PullRequest {
     pub pin: Option<PinRequest>,
     /// Whether the image is to be read while it arrives: see [`PullHandle::arriving`].
     pub stream: bool,
+    /// Who asks. Pulls that differ in nothing else are one.
+    pub holder: Holder,
 }
 
 impl PullRequest {
@@ -127,6 +131,7 @@ impl PullRequest {
             priority: Priority::Demand,
             pin: None,
             stream: false,
+            holder: Holder::Command,
         }
     }
 }
@@ -284,6 +289,8 @@ pub struct Traffic {
     /// Bytes of layers that did not have to come, since the store had the layer, its files, or a part
     /// that an earlier pull had left. Counted when the layer is here.
     pub skipped_bytes: u64,
+    /// Pulls that were cancelled, or that nobody waited for any more.
+    pub cancelled_pulls: u64,
 }
 
 /// Pulls images into a store. Clones share all state.
@@ -307,6 +314,8 @@ struct Inner {
     board: Board,
     /// Bytes of layers that did not have to be fetched.
     skipped: AtomicU64,
+    /// Pulls that ended since nobody wanted them any more.
+    cancelled: AtomicU64,
     /// One grant is noted at a time: each adds to what the record says.
     grants: tokio::sync::Mutex<()>,
     /// Joins what runs on blocking threads at shutdown.
@@ -344,6 +353,7 @@ impl Puller {
                 sizes: Arc::default(),
                 board: Board::default(),
                 skipped: AtomicU64::new(0),
+                cancelled: AtomicU64::new(0),
                 grants: tokio::sync::Mutex::default(),
                 tasks: TaskTracker::new(),
                 stop: CancellationToken::new(),
@@ -372,7 +382,7 @@ impl Puller {
             pin: request.pin.clone(),
             stream: request.stream,
         };
-        let (inner, priority) = (Arc::clone(&self.inner), request.priority);
+        let (inner, priority, holder) = (Arc::clone(&self.inner), request.priority, request.holder);
         let flight = self.inner.images.join(&key, |stop| {
             let entry = inner.board.enter(&request.reference, request.priority);
             // What is logged on its way says which pull it was.
@@ -389,7 +399,8 @@ impl Puller {
         if flight.state.raise(priority) {
             self.inner.slots.dispatch();
         }
-        PullHandle { flight }
+        flight.state.holders.enter(holder);
+        PullHandle { flight, holder }
     }
 
     /// Sets what pulling may take of the network, from now on, for pulls in flight, too.
@@ -417,6 +428,7 @@ impl Puller {
         Traffic {
             fetched_bytes: self.inner.fetcher.came(),
             skipped_bytes: self.inner.skipped.load(Ordering::Relaxed),
+            cancelled_pulls: self.inner.cancelled.load(Ordering::Relaxed),
         }
     }
 
@@ -436,10 +448,11 @@ impl Puller {
     }
 }
 
-/// One caller's hold on a pull. When the last handle is dropped the pull stops where it
-/// can be gone on from, unless it was detached.
+/// One caller's hold on a pull. When the last handle is dropped the pull stops; what came so far
+/// stays for the next one.
 pub struct PullHandle {
     flight: Flight<ImageKey, Result<Pulled, PullError>, Arc<Entry>>,
+    holder: Holder,
 }
 
 impl PullHandle {
@@ -483,9 +496,17 @@ impl PullHandle {
         }
     }
 
-    /// Lets the pull go on to its end without anybody waiting.
-    pub fn detach(self) {
-        self.flight.detach();
+    /// Says that somebody else holds it from now on.
+    pub fn hand_to(&mut self, holder: Holder) {
+        self.flight.state.holders.enter(holder);
+        self.flight.state.holders.leave(self.holder);
+        self.holder = holder;
+    }
+}
+
+impl Drop for PullHandle {
+    fn drop(&mut self) {
+        self.flight.state.holders.leave(self.holder);
     }
 }
 

@@ -181,6 +181,19 @@ impl SourceError {
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Throttled { .. } | Self::Unavailable(_))
     }
+
+    /// The same error with another message.
+    pub(crate) fn map_message(self, change: impl FnOnce(&str) -> String) -> Self {
+        match self {
+            Self::NotFound(why) => Self::NotFound(change(&why)),
+            Self::Denied(why) => Self::Denied(change(&why)),
+            Self::Throttled { message, retry_after } => {
+                Self::Throttled { message: change(&message), retry_after }
+            }
+            Self::Unavailable(why) => Self::Unavailable(change(&why)),
+            Self::Invalid(why) => Self::Invalid(change(&why)),
+        }
+    }
 }
 
 /// Opens sources. Holds the HTTP client, whose connections and tokens all pulls share.

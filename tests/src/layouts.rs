@@ -182,6 +182,33 @@ impl Layout {
         digest
     }
 
+    /// Tags an index of these manifests, each for an architecture of Linux.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be written.
+    pub fn add_index(&mut self, tag: &str, manifests: &[(&str, Digest)]) -> Digest {
+        let kind = "application/vnd.oci.image.index.v1+json";
+        let entry = |(architecture, digest): &(&str, Digest)| {
+            let size = std::fs::metadata(self.blob_path(digest)).expect("a manifest").len();
+            json!({
+                "mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest,
+                "size": size, "platform": {"os": "linux", "architecture": architecture},
+            })
+        };
+        let entries: Vec<_> = manifests.iter().map(entry).collect();
+        let index =
+            json!({"schemaVersion": 2, "mediaType": kind, "manifests": entries}).to_string();
+        let digest = self.blob(index.as_bytes());
+        self.manifests.push(json!({
+            "mediaType": kind, "digest": digest, "size": index.len(),
+            "annotations": {"org.opencontainers.image.ref.name": tag},
+        }));
+        let listed = json!({"schemaVersion": 2, "manifests": self.manifests});
+        std::fs::write(self.path().join("index.json"), listed.to_string()).expect("an index");
+        digest
+    }
+
     /// Puts a manifest and its blobs into a registry with curl, as any artifact may be put.
     ///
     /// # Panics

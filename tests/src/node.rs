@@ -563,7 +563,8 @@ impl Node {
         self.publish_with(pod, &[("image", image)]).await
     }
 
-    /// As [`Node::publish`], with all of the volume's attributes.
+    /// As [`Node::publish`], with all of the volume's attributes. As the kubelet does it calls again while
+    /// the pull goes on.
     ///
     /// # Errors
     ///
@@ -577,8 +578,14 @@ impl Node {
         pod: &Pod,
         attributes: &[(&str, &str)],
     ) -> Result<(), tonic::Status> {
-        let request = publish_request(pod, attributes);
-        self.csi().await.node_publish_volume(request).await.map(drop)
+        loop {
+            let request = publish_request(pod, attributes);
+            let answer = self.csi().await.node_publish_volume(request).await.map(drop);
+            match answer {
+                Err(status) if status.code() == tonic::Code::DeadlineExceeded => {}
+                answer => return answer,
+            }
+        }
     }
 
     /// Unpublishes.

@@ -90,8 +90,8 @@ fn the_chart_makes_what_the_manifests_make() {
     let pairs: [(&str, &[&str], &str); 5] = [
         ("daemonset", &[], "{}"),
         ("daemonset/overlays/nvidia", nvidia, "{}"),
-        // A list of its own, which is empty until somebody writes it.
-        ("daemonset/overlays/kserve", nvidia, "{}"),
+        // A list of its own, which names no image until somebody writes one.
+        ("daemonset/overlays/kserve", nvidia, "prepull: {refresh: 1h}"),
         ("daemonset/overlays/without-streaming", &[], "streaming: {enabled: false}"),
         ("daemonset/overlays/shared-with-containerd", &[], "commonParent: /var/lib"),
     ];
@@ -169,7 +169,9 @@ fn paths_of_the_configuration_are_mounted() {
         assert!(sessions.iter().any(|mount| mount["mountPath"] == folder), "{folder}");
     }
     assert_eq!(container["ports"][0]["containerPort"], 1234);
-    assert_eq!(one(&objects, "Service", "carport")["spec"]["ports"][0]["port"], 1234);
+    assert_eq!(container["ports"][1]["containerPort"], 4321);
+    let service = &one(&objects, "Service", "carport")["spec"]["ports"];
+    assert_eq!((&service[0]["port"], &service[1]["port"]), (&json!(1234), &json!(4321)));
     let ports = &one(&objects, "NetworkPolicy", "carport")["spec"]["ingress"][0]["ports"];
     let ports: Vec<u64> =
         ports.as_array().unwrap().iter().map(|port| port["port"].as_u64().unwrap()).collect();
@@ -225,6 +227,18 @@ fn the_list_that_comes_out_is_one() {
     let text = &one(&objects, "ConfigMap", "carport-prepull")["data"]["list.yaml"];
     let list = List::parse("list.yaml".as_ref(), text.as_str().unwrap()).unwrap();
     assert_eq!(list.images.len(), 3);
+
+    // One of somebody else, or none, is not the chart's.
+    let Some(plain) = render(&[], "{}") else { return };
+    let theirs = render(&[], "prepull: {existingConfigMap: models}").unwrap().unwrap();
+    for (objects, name) in [(plain.unwrap(), "carport-prepull"), (theirs, "models")] {
+        let made = objects.iter().filter(|object| object["kind"] == "ConfigMap");
+        assert_eq!(made.count(), 1, "the agent's configuration");
+        let pod = &one(&objects, "DaemonSet", "carport")["spec"]["template"]["spec"];
+        let volumes = pod["volumes"].as_array().unwrap();
+        let volume = volumes.iter().find(|volume| volume["name"] == "prepull").unwrap();
+        assert_eq!(volume["configMap"], json!({"name": name, "optional": true}));
+    }
 }
 
 #[test]
@@ -238,6 +252,7 @@ fn wrong_values_are_refused_by_name() {
         ("config: {stream: {start: true}}", "stream"),
         ("config: {http: {listen: '0.0.0.0:0'}}", "listen"),
         ("prepull: {images: [{imag: a}]}", "imag"),
+        ("prepull: {existingConfigMap: a, images: [{image: b}]}", "not in both"),
         ("networkPolicy: {from: []}", "from"),
         ("commonParent: /var/lib/", "commonParent"),
         (

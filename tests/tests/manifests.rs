@@ -265,28 +265,83 @@ fn probes_ask_the_port_that_the_agent_serves() {
         let expected = json!({"path": path, "port": "http"});
         assert_eq!(container[probe]["httpGet"], expected, "{probe}");
     }
+    let check = json!({"command": ["carport", "fuse", "--check"]});
+    for probe in ["startupProbe", "livenessProbe"] {
+        assert_eq!(sessions(&pod)[probe]["exec"], check, "{probe}");
+    }
+    // A restart takes the open files of pods: minutes of silence come first.
+    let liveness = &sessions(&pod)["livenessProbe"];
+    let silence = [&liveness["periodSeconds"], &liveness["failureThreshold"]];
+    let silence: u64 = silence.map(|n| n.as_u64().unwrap()).iter().product();
+    assert!(silence >= 300, "{silence} s");
     // Else Kubernetes would kill what still drains.
     assert_eq!(pod["terminationGracePeriodSeconds"], 30);
 }
 
+/// `kubectl apply -k` sets what it makes to what the files say: a list that somebody has edited is not among it.
 #[test]
-fn the_pre_pull_list_is_one_and_its_examples_are_too() {
+fn the_pre_pull_list_is_made_apart_and_mounted_where_the_agent_looks() {
     let (config, pod) = (config(), pod());
     let list = Path::new(config["prepull"]["list"].as_str().unwrap());
     let volume = volume_at(&pod, list.parent().unwrap());
-    let name = volume["configMap"]["name"].as_str().unwrap();
-    let generators =
-        &documents(&read(&deploy("daemonset/base/kustomization.yaml")))[0]["configMapGenerator"];
-    let generator = named(generators, name);
+    assert_eq!(volume["configMap"], json!({"name": "carport-prepull", "optional": true}));
+    let kustomization = &documents(&read(&deploy("daemonset/base/kustomization.yaml")))[0];
+    let made = array(&kustomization["configMapGenerator"]);
+    assert_eq!(made.len(), 1, "the agent's configuration and nothing else");
+
+    let example = documents(&read(&deploy("examples/prepull.yaml"))).remove(0);
+    let expected = json!({"name": "carport-prepull", "namespace": "carport-system"});
+    assert_eq!(example["metadata"], expected);
     let file = list.file_name().unwrap().to_str().unwrap();
-    assert_eq!(strings(&generator["files"]), [file]);
+    let text = example["data"][file].as_str().unwrap();
+    assert_eq!(List::parse(list, text).unwrap().images, []);
+    assert_eq!(without_comments(text).images.len(), 2);
+}
+
+#[test]
+fn the_api_overlay_serves_what_its_configuration_names() {
+    let file = deploy("daemonset/overlays/api-tcp/config.yaml");
+    let output = Command::new(binary())
+        .args(["agent", "--print-config", "-o", "json", "--config"])
+        .arg(&file)
+        .env_clear()
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let config: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let tcp = &config["api"]["tcp"];
+    let listen: std::net::SocketAddr = tcp["listen"].as_str().unwrap().parse().unwrap();
+    assert_eq!((tcp["writes"].clone(), tcp["clientCa"].clone()), (json!(false), Value::Null));
+    // But for the API it is the base's.
+    let base_config = documents(&read(&deploy("daemonset/base/config.yaml"))).remove(0);
+    let mut own = documents(&read(&file)).remove(0);
+    own.as_object_mut().unwrap().remove("api").unwrap();
+    assert_eq!(own, base_config);
+
+    let Some(objects) = kustomize("daemonset/overlays/api-tcp") else { return };
+    let find = |kind: &str| objects.iter().find(|object| object["kind"] == kind).unwrap();
+    let pod = &find("DaemonSet")["spec"]["template"]["spec"];
+    for (key, secret, name) in [
+        ("certificate", "carport-api-tls", "tls.crt"),
+        ("key", "carport-api-tls", "tls.key"),
+        ("tokens", "carport-api-tokens", "tokens"),
+    ] {
+        let path = Path::new(tcp[key].as_str().unwrap());
+        assert_eq!(path.file_name().unwrap(), name);
+        let volume = volume_at(pod, path.parent().unwrap());
+        assert_eq!(volume["secret"], json!({"secretName": secret}), "{key}");
+    }
+    assert_eq!(named(&agent(pod)["ports"], "api")["containerPort"], listen.port());
+    let port = named(&find("Service")["spec"]["ports"], "api");
     assert_eq!(
-        generator["options"]["disableNameSuffixHash"], true,
-        "a new list is followed, and restarts nothing"
+        (port["port"].clone(), port["targetPort"].clone()),
+        (json!(listen.port()), json!("api"))
     );
-    let text = read(&deploy("daemonset/base").join(file));
-    assert_eq!(List::parse(list, &text).unwrap().images, []);
-    assert_eq!(without_comments(&text).images.len(), 2);
+    let rules = array(&find("NetworkPolicy")["spec"]["ingress"]);
+    assert_eq!(rules[1]["ports"], json!([{"port": listen.port(), "protocol": "TCP"}]));
+    // The rest is as without it.
+    let plain = kustomize("daemonset").unwrap();
+    assert_eq!(objects.len(), plain.len());
 }
 
 /// The list, as somebody would have it who takes the comments from its entries.
@@ -314,6 +369,7 @@ fn the_image_is_of_this_version() {
         "daemonset/overlays/without-streaming",
         "daemonset/overlays/shared-with-containerd",
         "daemonset/overlays/k3s",
+        "daemonset/overlays/api-tcp",
     ] {
         let text = read(&deploy(path).join("kustomization.yaml"));
         let images = &documents(&text)[0]["images"];
@@ -475,7 +531,6 @@ fn kustomize_makes_one_whole_of_it() {
     let expected = [
         "CSIDriver",
         "ConfigMap",
-        "ConfigMap",
         "DaemonSet",
         "Namespace",
         "NetworkPolicy",
@@ -586,19 +641,15 @@ fn what_is_shared_with_containerd_is_on_one_mount() {
 
 #[test]
 fn the_kserve_overlay_is_that_of_nvidia_with_a_list_of_its_own() {
-    let (Some(mut nvidia), Some(mut kserve)) =
+    let (Some(nvidia), Some(mut kserve)) =
         (kustomize("daemonset/overlays/nvidia"), kustomize("daemonset/overlays/kserve"))
     else {
         return;
     };
-    let list = |objects: &mut Vec<Value>| {
-        let at = objects.iter().position(|o| o["metadata"]["name"] == "carport-prepull").unwrap();
-        objects.remove(at)
-    };
-    let (old, new) = (list(&mut nvidia), list(&mut kserve));
+    let name = "carport-prepull";
+    let at = kserve.iter().position(|o| o["metadata"]["name"] == name).unwrap();
+    let new = kserve.remove(at);
     assert_eq!(kserve, nvidia);
-    assert_ne!(old["data"], new["data"]);
-    assert_eq!(old["metadata"], new["metadata"], "the name that the pod mounts");
     let text = new["data"]["list.yaml"].as_str().unwrap();
     assert_eq!(without_comments(text).images.len(), 4);
 }

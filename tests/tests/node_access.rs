@@ -111,7 +111,10 @@ async fn a_cached_private_image_is_for_pods_whose_own_credentials_the_registry_a
 
     let status = choosy.publish(&node, &bob, Some(BOB)).await.unwrap_err();
     assert_eq!(status.code(), Code::PermissionDenied, "{}", status.message());
-    assert!(status.message().contains("is on this node, but its registry"), "{}", status.message());
+    let message = status.message();
+    assert!(message.contains("its registry refuses this pod's credentials"), "{message}");
+    // Nor does it tell a stranger that the image is cached, and what it is.
+    assert!(!message.contains("sha256:") && !message.contains("on this node"), "{message}");
     assert_eq!(code(choosy.publish(&node, &none, None).await), Code::PermissionDenied);
     // Nor by digest, nor by a name that the node has never heard.
     let digest = image().digest();

@@ -10,6 +10,7 @@ use std::time::Instant;
 use carport_image::pull::{PullOptions, PullRequest, Pulled, VerifyOptions};
 use carport_image::runtime::{Namespace, Publication, PublishError, Runtime, RuntimeOptions};
 use carport_image::{Digest, Puller, Store};
+use carport_tests::carport::binary;
 use carport_tests::containerd::Containerd;
 use carport_tests::models::{reference, sources};
 use serde_json::{Value, json};
@@ -384,6 +385,42 @@ async fn over_two_mounts_of_one_file_system_files_are_copied() {
     );
     node.nothing_left().await;
     assert_eq!(node.remains().0, NAMESPACE);
+}
+
+/// As in the default install, where containerd's folder is mounted read-only: nothing is broken.
+#[tokio::test]
+async fn doctor_takes_a_read_only_mount_of_containerds_folder_for_what_it_is() {
+    let Some(node) = Node::new() else { return };
+    let image = node.image(model());
+    node.import(&image);
+    let config = node.folder.path().join("config.yaml");
+    let text = format!(
+        "root: {}\ncsi: {{enabled: false}}\ngpu: {{enabled: false}}\n\
+         http: {{listen: '127.0.0.1:0'}}\nruntime: {{containerd: {{socket: {}}}}}\n",
+        node.store.root().display(),
+        node.containerd.socket().display(),
+    );
+    std::fs::write(&config, text).unwrap();
+    let root = node.containerd.content().parent().unwrap().display().to_string();
+    let doctor = |mount: &str| {
+        let script = format!("set -eu\n{mount}\nexec \"$@\"");
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script, "sh"]).arg(binary());
+        command.arg("--config").arg(&config).args(["doctor", "-o", "json"]);
+        let output = command.output().unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let mut checks = report["checks"].as_array().unwrap().iter();
+        let check = checks.find(|check| check["name"] == "containerd").unwrap();
+        let text = |key: &str| check[key].as_str().unwrap_or_default().to_owned();
+        (text("level"), text("message"))
+    };
+    let (level, message) = doctor("");
+    assert!(level == "ok" && message.contains("shares its files"), "{level}: {message}");
+    let (level, message) =
+        doctor(&format!("mount --bind {root} {root}\nmount -o remount,bind,ro {root}"));
+    assert!(level == "ok" && message.contains("mounted read-only here"), "{level}: {message}");
+    let (level, message) = doctor(&format!("mount --bind {root} {root}"));
+    assert!(level == "warn" && message.contains("cross-device"), "{level}: {message}");
 }
 
 #[tokio::test]

@@ -166,8 +166,14 @@ async fn a_pod_starts_while_its_image_arrives_and_the_next_one_gets_a_kernel_mou
     let Some(node) = node(test, &server) else { return };
     let name = name(&server);
     let [first, second, third] = ["first", "second", "third"].map(|uid| node.pod(uid));
+    // The probe of the container with the sessions.
+    let probe = || node.carport().args(["fuse", "--check"]).output().unwrap();
+    let silent = probe();
+    let said = String::from_utf8_lossy(&silent.stderr);
+    assert!(!silent.status.success() && said.contains("ask the process that serves"), "{said}");
 
     stream(&node, &first, &name).await.unwrap();
+    assert!(probe().status.success(), "{:?}", probe());
     stream(&node, &second, &name).await.unwrap();
     stream(&node, &second, &name).await.unwrap();
     assert!(!stored(&node), "not complete");
@@ -178,6 +184,10 @@ async fn a_pod_starts_while_its_image_arrives_and_the_next_one_gets_a_kernel_mou
     let device = |pod: &Pod| fs::metadata(node.inside(&pod.target)).unwrap().dev();
     assert_eq!(device(&first), device(&second), "one page cache");
     assert!(fs::write(at(&node, &first, "config.json"), b"").is_err());
+    eventually("both volumes count while the image arrives", async || {
+        node.json(&["status"])["models"][0]["mount_count"] == 2
+    })
+    .await;
     let pull = node.json(&["status"])["models"][0]["pull"].clone();
     assert!(pull["done_bytes"].as_u64() > Some(OPEN_BYTES), "{pull}");
 

@@ -5,8 +5,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use carport_image::Digest;
+use carport_image::pull::Cancel;
 use carport_image::store::{Fits, Owner, PinRequest, Reservation, StoreError};
+use carport_image::{Digest, Reference};
 use carport_proto::carport::v1;
 use carport_proto::carport::v1::cache_service_server::CacheService;
 use tonic::{Code, Request, Response, Status};
@@ -68,7 +69,24 @@ impl CacheService for Api {
         if let Some(before) = self.requests.answered("CancelPrefetch", id, &request)? {
             return Ok(Response::new(before));
         }
-        let answer = v1::CancelPrefetchResponse { cancelled: self.prefetches.cancel(&reference) };
+        let taken_back = self.prefetches.cancel(&reference);
+        let stopped = match self.puller.cancel(&reference, request.force) {
+            Cancel::Stopped => true,
+            Cancel::NotInFlight => false,
+            Cancel::Needed(_) | Cancel::Streaming if taken_back => false,
+            Cancel::Needed(by) => {
+                return Err(needed(&reference, &by.to_string(), "; to stop it anyway, use force"));
+            }
+            Cancel::Streaming => {
+                return Err(needed(
+                    &reference,
+                    "pods read it while it arrives (mode: stream): delete them",
+                    "",
+                ));
+            }
+        };
+        let cancelled = taken_back || stopped;
+        let answer = v1::CancelPrefetchResponse { cancelled, stopped };
         self.requests.remember("CancelPrefetch", id, &request, &answer);
         Ok(Response::new(answer))
     }
@@ -283,6 +301,14 @@ fn not_here(wanted: &Wanted) -> Status {
     let why = format!("{name}: not on this node; prefetch it first");
     let details = ErrorDetails::with_resource_info("model", name, "", &why);
     Status::with_error_details(Code::NotFound, why, details)
+}
+
+/// A pull that is not cancelled: `why`, and what a person can do.
+fn needed(reference: &Reference, why: &str, how: &str) -> Status {
+    let text = format!("the pull of {reference} goes on: {why}{how}");
+    let mut details = ErrorDetails::with_error_info("IN_USE", convert::DOMAIN, []);
+    details.add_precondition_failure_violation("IN_USE", reference.to_string(), &text);
+    Status::with_error_details(Code::FailedPrecondition, text, details)
 }
 
 /// What a caller can do about the store's troubles.

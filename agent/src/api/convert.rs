@@ -109,10 +109,6 @@ pub fn model(
             answer.page_cache_bytes = Some(sample.bytes);
             answer.sample_time = Some(timestamp(sample.at));
         }
-        answer.mount_count = state.mounts(&image.digest);
-        let volumes = state.volumes.get(&image.digest).into_iter().flatten();
-        let last_use = volumes.map(|volume| volume.published_at).max();
-        answer.last_use_time = last_use.map(timestamp);
         let now = SystemTime::now();
         let pins = state.pins.get(&image.digest).into_iter().flatten();
         let longest = pins
@@ -120,9 +116,14 @@ pub fn model(
             .max_by_key(|pin| (pin.expires_at.is_none(), pin.expires_at));
         answer.pin = longest.map(pin);
         answer.eviction_risk = eviction_risk(image, state, now).into();
+    }
+    // Volumes that stream show an image that is not complete.
+    if let Some(digest) = &model.digest {
+        answer.mount_count = state.mounts(digest);
+        let volumes = || state.volumes.get(digest).into_iter().flatten();
+        answer.last_use_time = volumes().map(|volume| volume.published_at).max().map(timestamp);
         if with_pods {
-            let volumes = state.volumes.get(&image.digest).into_iter().flatten();
-            answer.pods = volumes.filter_map(|volume| volume.pod.as_ref()).map(pod).collect();
+            answer.pods = volumes().filter_map(|volume| volume.pod.as_ref()).map(pod).collect();
         }
     }
     if let Some(pull) = model.pull {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use carport_image::pull::{Priority, PullRequest};
+use carport_image::pull::{Holder, Priority, PullRequest};
 use carport_image::store::{PinRequest, StoreError};
 use carport_image::{Puller, Reference, Store};
 use tokio_util::sync::CancellationToken;
@@ -70,6 +70,7 @@ impl Prefetches {
         let priority = i32::try_from(prefetch.priority).unwrap_or(i32::MAX);
         let request = PullRequest {
             priority: Priority::Prefetch(priority),
+            holder: Holder::Prefetch,
             ..PullRequest::new(prefetch.reference.clone())
         };
         // Here, so that the answer shows it already.

@@ -17,6 +17,11 @@ use crate::config::Config;
 use crate::memory;
 
 pub(super) async fn run(mut config: Config, arguments: &FuseArgs) -> anyhow::Result<()> {
+    if arguments.check {
+        let folder = config.stream_folder();
+        let answer = carport_csi::stream::check(&folder).await;
+        return answer.with_context(|| format!("ask the process that serves {}", folder.display()));
+    }
     arguments.registry.apply(&mut config);
     if arguments.until_idle {
         // What is done to the agent's group of processes is not for this one. It fails where that is so already.
@@ -31,10 +36,12 @@ pub(super) async fn run(mut config: Config, arguments: &FuseArgs) -> anyhow::Res
         folder: config.stream_folder(),
         read_timeout: config.stream.read_timeout,
         until_idle: arguments.until_idle,
+        pull_grace: config.pull.grace_period,
     };
+    let puller = open_puller(&config)?;
     tokio::select! {
-        served = serve(open_puller(&config)?, options, told) => Ok(served?),
-        never = memory::give_back() => match never {},
+        served = serve(puller.clone(), options, told) => Ok(served?),
+        never = memory::give_back(&puller) => match never {},
     }
 }
 

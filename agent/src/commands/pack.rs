@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use carport_image::pack::{PackOptions, PackPhase, pack};
-use carport_image::source::Sources;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -30,7 +29,8 @@ pub(super) async fn run(
 ) -> anyhow::Result<()> {
     arguments.registry.apply(&mut config);
     config.check()?;
-    let sources = Sources::new(config.registry_options())?;
+    // With the node's containerd, where the base may be.
+    let sources = config.sources()?;
     let source = std::path::absolute(&arguments.source).context("find the current folder")?;
     let destination = arguments.destination;
     let quiet = output == Output::Json;
@@ -39,7 +39,12 @@ pub(super) async fn run(
     if bar.is_none() && !quiet {
         eprintln!("packing {} to {destination}", source.display());
     }
-    let mut options = PackOptions { title: arguments.title, ..Default::default() };
+    let mut options = PackOptions {
+        title: arguments.title,
+        base: arguments.base,
+        platform: arguments.platform.unwrap_or_default(),
+        ..Default::default()
+    };
     if let Some(bar) = &bar {
         let bar = bar.clone();
         options.progress = Some(Arc::new(move |progress| {

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use carport_csi::volume::PULL_GRACE;
+
 use super::*;
 
 impl Default for Config {
@@ -131,6 +133,7 @@ impl Default for Pull {
             attempts: options.attempts as usize,
             bandwidth: None,
             prefetch_bandwidth: None,
+            grace_period: PULL_GRACE,
         }
     }
 }

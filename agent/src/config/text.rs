@@ -146,6 +146,12 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     duration_within(text, Duration::from_millis(1), Duration::from_secs(86_400))
 }
 
+/// The kubelet pauses for 2 min 2 s at most between two attempts, and each takes up to 2 min: a pull must
+/// not stop in the pause.
+fn parse_grace(text: &str) -> Result<Duration, String> {
+    duration_within(text, Duration::from_secs(150), Duration::from_secs(86_400))
+}
+
 fn duration_within(text: &str, least: Duration, most: Duration) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text)
         .map_err(|_| format!("{text:?} is no duration; write a number and a unit, such as 10s"))?;
@@ -345,6 +351,10 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D
 }
 
 /// How long something is kept, from a second to a year; or `null`.
+pub(super) fn grace<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    parsed(from, parse_grace)
+}
+
 pub(super) fn optional_long<'de, D>(from: D) -> Result<Option<Duration>, D::Error>
 where
     D: Deserializer<'de>,

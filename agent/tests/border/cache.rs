@@ -99,8 +99,10 @@ async fn a_prefetch_that_is_taken_back_stops() {
     node.cache.prefetch(request).await.unwrap();
     node.until(|model| model.state() == v1::ModelState::Queued).await;
     let cancel = v1::CancelPrefetchRequest { model, ..Default::default() };
-    assert!(node.cache.cancel_prefetch(cancel.clone()).await.unwrap().into_inner().cancelled);
-    assert!(!node.cache.cancel_prefetch(cancel).await.unwrap().into_inner().cancelled);
+    let cancelled = node.cache.cancel_prefetch(cancel.clone()).await.unwrap().into_inner();
+    assert!(cancelled.cancelled);
+    let again = node.cache.cancel_prefetch(cancel).await.unwrap().into_inner();
+    assert!(!again.cancelled);
     let look = async || {
         let list = node.locality.list_models(v1::ListModelsRequest::default()).await;
         list.unwrap().into_inner().models.is_empty().then_some(())

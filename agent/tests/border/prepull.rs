@@ -40,6 +40,26 @@ fn until(agent: &Agent, state: &str, count: f64) {
     eventually(&format!("{count} {state}"), || (entries(agent, state) == count).then_some(()));
 }
 
+/// Its ConfigMap is optional.
+#[test]
+fn a_list_may_come_later_and_one_that_is_deleted_stays_in_force() {
+    let home = Home::new();
+    let image = home.image("a", &[("w", "1")]);
+    let (agent, volume) = following(&home, "", &[]);
+    let reasons = || home.json(&["status"])["reasons"].as_array().unwrap().clone();
+    assert_eq!(reasons(), Vec::<serde_json::Value>::new());
+    assert_eq!(agent.metric("carport_prepull_list_reads_total{result=\"failed\"}"), Some(0.0));
+    swap(&volume, "1", &format!("images:\n- image: {image}\n"));
+    until(&agent, "ready", 1.0);
+
+    std::fs::remove_file(volume.join("list.yaml")).unwrap();
+    let told = eventually("the deleted list is told", || reasons().first().cloned());
+    assert_eq!(told["code"], "PREPULL_LIST_INVALID");
+    assert!(told["message"].as_str().unwrap().contains("write `images: []`"), "{told}");
+    assert_eq!(entries(&agent, "ready"), 1.0);
+    agent.terminate();
+}
+
 #[test]
 fn the_list_is_followed_and_a_bad_one_changes_nothing() {
     let home = Home::new();

@@ -44,6 +44,7 @@ mod namespaces;
 #[cfg(test)]
 mod tests;
 
+pub use namespaces::Processes;
 use namespaces::{Namespace, Walker};
 
 /// A mount namespace, by the number in `/proc/<pid>/ns/mnt`.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -95,6 +95,23 @@ impl Known {
         let fits = |session: &&Session| session.shown.digest == *digest;
         sessions.iter().filter(fits).max_by_key(|session| session.shown.number)
     }
+}
+
+/// Asks the process that listens in `folder` how everything is, and waits for its first answer.
+///
+/// # Errors
+///
+/// When nobody listens there, or the answer does not come within 5 s.
+pub async fn check(folder: &Path) -> io::Result<()> {
+    let asked = async {
+        let mut line = Line::new(UnixStream::connect(socket(folder)).await?);
+        say(&mut line.write, &Ask::Watch).await?;
+        match hear::<Report>(&mut line.read).await? {
+            Some(_) => Ok(()),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    };
+    tokio::time::timeout(ANSWER, asked).await?
 }
 
 /// Why an image is not shown while it arrives.

@@ -49,6 +49,8 @@ pub struct ServeOptions {
     pub read_timeout: Duration,
     /// Whether to end when nothing has been shown or pulled for a while.
     pub until_idle: bool,
+    /// How long a pull goes on whose caller went away before it could be shown.
+    pub pull_grace: Duration,
 }
 
 /// Serves until `end`, or until nobody needs it where the options say so.
@@ -243,7 +245,10 @@ impl Server {
             said = &mut said => {
                 // Else the caller's time is over, who comes again.
                 if !matches!(said, Ok(Some(Ask::GiveUp))) {
-                    pull.detach();
+                    let grace = self.options.pull_grace;
+                    self.tasks.spawn(async move {
+                        let _ = tokio::time::timeout(grace, pull.wait()).await;
+                    });
                 }
                 return Ok(());
             }

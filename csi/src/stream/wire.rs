@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use carport_image::pull::{
-    AccessCheck, Priority, PullError, PullPolicy, PullProgress, PullRequest, PullState,
+    AccessCheck, Holder, Priority, PullError, PullPolicy, PullProgress, PullRequest, PullState,
 };
 use carport_image::source::{PullSecret, SourceError};
 use carport_image::{Digest, Reference};
@@ -29,7 +29,8 @@ pub(super) const MAX_LINE_BYTES: u64 = 4 * 1024 * 1024;
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Ask {
-    /// Show an image that is to arrive. Closing the connection before the answer lets the pull go on.
+    /// Show an image that is to arrive. Closing the connection before the answer lets the pull go on for
+    /// the grace period.
     Open(Open),
     /// Behind an [`Ask::Open`]: nobody wants it any more.
     GiveUp,
@@ -65,6 +66,7 @@ impl Open {
             policy: self.policy,
             access: self.access,
             stream: true,
+            holder: Holder::Pod,
             ..PullRequest::new(self.image)
         })
     }

@@ -73,6 +73,14 @@ impl Bench {
         self.volumes.stats(&volume_id(id), &target_path(target)).await.unwrap().condition
     }
 
+    /// Until no pull is under way.
+    async fn until_quiet(&self) {
+        let mut changes = self.world.puller.changes();
+        while !self.world.puller.pulls().is_empty() {
+            changes.changed().await.unwrap();
+        }
+    }
+
     fn assert_nothing_left(&self, target: &Path) {
         assert!(!target.exists(), "{} is still there", target.display());
         assert_eq!(self.world.records(), Vec::<PathBuf>::new());
@@ -523,6 +531,84 @@ async fn a_pull_goes_on_when_its_caller_goes_away() {
         changes.changed().await.unwrap();
     }
     bench.publish("csi-a", &target, &image).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_pull_stops_when_its_pod_is_gone_between_two_calls() {
+    let registry = GatedRegistry::start().await;
+    let bench = Bench::new(Some(&registry));
+    let (a, b) = (bench.world.target("a"), bench.world.target("b"));
+    let image = registry.reference();
+    let hasty = |id, target: &Path| {
+        let request = request(id, target, &[("image", &image)], Duration::from_millis(50));
+        bench.volumes.publish(request)
+    };
+    for (id, target) in [("csi-a", &a), ("csi-b", &b)] {
+        let error = hasty(id, target).await.unwrap_err();
+        assert!(matches!(error, PublishError::StillPulling(_)), "{error:?}");
+    }
+    // A volume that shares the id is another pod's.
+    bench.unpublish("csi-a", &b).await.unwrap();
+    assert_eq!(bench.world.puller.pulls().len(), 1, "the other pod may come again");
+    bench.unpublish("csi-a", &a).await.unwrap();
+    bench.until_quiet().await;
+    assert_eq!(bench.world.puller.traffic().cancelled_pulls, 1);
+    registry.open();
+    bench.publish("csi-a", &a, &image).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_pull_stops_after_the_grace_period_unless_the_kubelet_asks_again() {
+    let registry = GatedRegistry::start().await;
+    let bench = Bench::new(Some(&registry));
+    let grace = Duration::from_millis(300);
+    let volumes = bench.volumes.clone().with_pull_grace(grace);
+    let bench = Bench { volumes, ..bench };
+    let target = bench.world.target("a");
+    let image = registry.reference();
+    let hasty = |timeout| {
+        let request = request("csi-a", &target, &[("image", &image)], timeout);
+        bench.volumes.publish(request)
+    };
+    hasty(Duration::from_millis(50)).await.unwrap_err();
+    registry.asked_for_a_layer().await;
+    let asked = registry.layers_asked_for();
+    // This one lasts longer than the grace period of the one before, and has its own afterwards.
+    let error = hasty(2 * grace).await.unwrap_err();
+    assert!(matches!(error, PublishError::StillPulling(_)), "{error:?}");
+    assert_eq!(bench.world.puller.pulls().len(), 1);
+    assert_eq!(registry.layers_asked_for(), asked, "it is the same pull");
+    bench.until_quiet().await;
+    assert_eq!(bench.world.puller.traffic().cancelled_pulls, 1);
+    registry.open();
+    bench.publish("csi-a", &target, &image).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_first_publish_of_a_slow_pull_is_answered_early_and_the_next_one_waits() {
+    let registry = GatedRegistry::start().await;
+    let bench = Bench::new(Some(&registry));
+    let volumes = bench.volumes.clone().with_first_answer(Duration::from_millis(200));
+    let bench = Bench { volumes, ..bench };
+    let image = registry.reference();
+    for name in ["a", "b"] {
+        let target = bench.world.target(name);
+        // Its caller would wait for a minute.
+        let error = bench.publish(name, &target, &image).await.unwrap_err();
+        assert!(matches!(error, PublishError::StillPulling(_)), "{error:?}");
+        bench.assert_nothing_left(&target);
+    }
+    let target = bench.world.target("a");
+    let (published, ()) = tokio::join!(bench.publish("a", &target, &image), async {
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        registry.open();
+    });
+    assert!(!published.unwrap(), "it waited for the pull");
+    assert_eq!(registry.layers_asked_for(), 1);
+
+    // After an unpublish it is another pod's first.
+    bench.unpublish("a", &target).await.unwrap();
+    assert!(!bench.publish("a", &target, &image).await.unwrap());
 }
 
 #[tokio::test]

@@ -6,7 +6,9 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use serde_json::{Value, json};
 
+use super::base::Base;
 use crate::digest::Digest;
 use crate::manifest::Platform;
 
@@ -40,10 +42,16 @@ impl Document {
 }
 
 /// The image configuration: <https://github.com/opencontainers/image-spec/blob/main/config.md>
+///
+/// With a base it is the base's, with the model's layers behind its own.
 pub(super) fn config(
+    base: Option<&Base>,
     layers: &[DoneLayer],
     platform: &Platform,
 ) -> Result<Document, serde_json::Error> {
+    if let Some(base) = base {
+        return appended(base.config.clone(), layers);
+    }
     Document::new(&Config {
         created: CREATED,
         architecture: &platform.architecture,
@@ -53,18 +61,25 @@ pub(super) fn config(
             kind: "layers",
             diff_ids: layers.iter().map(|layer| layer.digest).collect(),
         },
-        history: layers
-            .iter()
-            .map(|layer| History {
-                created: CREATED,
-                created_by: format!("carport pack: {}", layer.description),
-            })
-            .collect(),
+        history: layers.iter().map(History::of).collect(),
     })
+}
+
+/// What is not known of the base's config stays.
+fn appended(mut config: Value, layers: &[DoneLayer]) -> Result<Document, serde_json::Error> {
+    if let Some(diff_ids) = config["rootfs"]["diff_ids"].as_array_mut() {
+        diff_ids.extend(layers.iter().map(|layer| json!(layer.digest)));
+    }
+    // One without a history gets none: an entry for each layer, or for none.
+    if let Some(history) = config.get_mut("history").and_then(Value::as_array_mut) {
+        history.extend(layers.iter().map(|layer| json!(History::of(layer))));
+    }
+    Document::new(&config)
 }
 
 /// The image manifest: <https://github.com/opencontainers/image-spec/blob/main/manifest.md>
 pub(super) fn manifest(
+    base: Option<&Base>,
     config: &Document,
     layers: &[DoneLayer],
     annotations: BTreeMap<String, String>,
@@ -77,13 +92,17 @@ pub(super) fn manifest(
             digest: config.digest,
             size: config.bytes.len() as u64,
         },
-        layers: layers
+        layers: base
             .iter()
-            .map(|layer| Descriptor {
-                media_type: LAYER_TYPE,
-                digest: layer.digest,
-                size: layer.size,
-            })
+            .flat_map(|base| &base.layers)
+            .map(|layer| LayerDescriptor::Base(&layer.descriptor))
+            .chain(layers.iter().map(|layer| {
+                LayerDescriptor::Own(Descriptor {
+                    media_type: LAYER_TYPE,
+                    digest: layer.digest,
+                    size: layer.size,
+                })
+            }))
             .collect(),
         annotations,
     })
@@ -115,13 +134,26 @@ struct History {
     created_by: String,
 }
 
+impl History {
+    fn of(layer: &DoneLayer) -> Self {
+        Self { created: CREATED, created_by: format!("carport pack: {}", layer.description) }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum LayerDescriptor<'a> {
+    Own(Descriptor),
+    Base(&'a Value),
+}
+
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Manifest {
+struct Manifest<'a> {
     schema_version: u32,
     media_type: &'static str,
     config: Descriptor,
-    layers: Vec<Descriptor>,
+    layers: Vec<LayerDescriptor<'a>>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     annotations: BTreeMap<String, String>,
 }

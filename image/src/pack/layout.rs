@@ -17,28 +17,38 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use futures_util::StreamExt as _;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 use tempfile::NamedTempFile;
 
+use super::base::{Base, BaseLayer};
 use super::document::{self, DoneLayer};
 use super::plan::Plan;
 use super::tar::LayerReader;
 use super::{Meter, PackError, PackOptions, PackPhase, Packed};
 use crate::digest::Digest;
+use crate::manifest::Blob;
 use crate::source::MAX_MANIFEST_BYTES;
 use crate::source::layout::{REF_NAME, blob_path};
 
 const TEMPORARY: &str = ".pack-";
 
-/// Writes the planned image; `tag` names it in `index.json`.
+/// What is written.
+pub(super) struct What<'a> {
+    pub(super) plan: &'a Plan,
+    pub(super) base: Option<&'a Base>,
+    pub(super) annotations: BTreeMap<String, String>,
+}
+
+/// Writes the planned image; `tag` names it in `index.json`. Reads the base through the runtime that it is called
+/// from, on a thread that may block.
 pub(super) fn write(
     folder: &Path,
     tag: Option<&str>,
-    plan: &Plan,
-    annotations: BTreeMap<String, String>,
+    What { plan, base, annotations }: What<'_>,
     options: &PackOptions,
     stopped: &Arc<AtomicBool>,
 ) -> Result<Packed, PackError> {
@@ -47,16 +57,22 @@ pub(super) fn write(
     for layer in &plan.layers {
         readers.push((layer, LayerReader::new(layer)?));
     }
-    let total = readers.iter().map(|(_, reader)| reader.size()).sum();
+    let own: u64 = readers.iter().map(|(_, reader)| reader.size()).sum();
+    let total = own + base.map_or(0, Base::bytes);
     let meter = Meter::new(options, stopped, PackPhase::Writing, total);
     let mut layers = Vec::new();
+    if let Some(base) = base {
+        for layer in &base.layers {
+            layout.base_layer(base, layer, &meter)?;
+        }
+    }
     for (layer, mut reader) in readers {
         let (digest, size) = layout.layer(&mut reader, &meter)?;
         layers.push(DoneLayer { digest, size, description: layer.description() });
     }
     let invalid = |source: serde_json::Error| layout.io(source.into());
-    let config = document::config(&layers, &options.platform).map_err(invalid)?;
-    let manifest = document::manifest(&config, &layers, annotations).map_err(invalid)?;
+    let config = document::config(base, &layers, &options.platform).map_err(invalid)?;
+    let manifest = document::manifest(base, &config, &layers, annotations).map_err(invalid)?;
     layout.blob(&config.bytes, &config.digest)?;
     layout.blob(&manifest.bytes, &manifest.digest)?;
     layout.sync("blobs/sha256")?;
@@ -70,7 +86,11 @@ pub(super) fn write(
         entry["annotations"] = json!({ REF_NAME: tag });
     }
     layout.name(tag, entry)?;
-    Ok(Packed { digest: manifest.digest, layers: layers.len(), bytes: total })
+    Ok(Packed {
+        digest: manifest.digest,
+        layers: base.map_or(0, |base| base.layers.len()) + layers.len(),
+        bytes: total,
+    })
 }
 
 /// The layout folder, locked.
@@ -132,6 +152,40 @@ impl<'a> Writer<'a> {
         let digest = Digest::from_sha256(hash.finalize().into());
         self.keep(file, &digest, size)?;
         Ok((digest, size))
+    }
+
+    /// Copies a layer of the base, unless it is there.
+    fn base_layer(&self, base: &Base, layer: &BaseLayer, meter: &Meter) -> Result<(), PackError> {
+        let Blob { digest, size } = layer.blob;
+        let there = self.folder.join(blob_path(&digest)).symlink_metadata();
+        if there.is_ok_and(|there| there.is_file() && there.len() == size) {
+            return meter.add(size);
+        }
+        let runtime = tokio::runtime::Handle::current();
+        loop {
+            let mut hash = sha2::Sha256::new();
+            let mut file = self.temporary()?;
+            let mut stream = base.open(layer);
+            let mut copied = 0;
+            while let Some(chunk) = runtime.block_on(stream.next()) {
+                let chunk = chunk.map_err(|error| base.fail(error.to_string()))?;
+                hash.update(&chunk);
+                file.write_all(&chunk).map_err(|source| self.io(source))?;
+                copied += chunk.len() as u64;
+                meter.add(chunk.len() as u64)?;
+                if copied > size {
+                    break;
+                }
+            }
+            if Digest::from_sha256(hash.finalize().into()) == digest && copied == size {
+                return self.keep(file, &digest, size);
+            }
+            // A mirror that lied is not asked again.
+            if !base.distrust(layer) {
+                let why = format!("layer {digest}: the source served other bytes");
+                return Err(base.fail(why));
+            }
+        }
     }
 
     fn blob(&self, bytes: &[u8], digest: &Digest) -> Result<(), PackError> {

@@ -79,8 +79,8 @@ impl LayerPlan {
     }
 }
 
-/// Reads the folder.
-pub(super) fn scan(folder: &Path) -> Result<Plan, PackError> {
+/// Reads the folder. The image gets at most `max_layers` of it, two or more.
+pub(super) fn scan(folder: &Path, max_layers: usize) -> Result<Plan, PackError> {
     let unfit = |path: &Path, why: &str| PackError::Unfit { path: path.into(), why: why.into() };
     let io = |path: &Path| {
         let path = path.to_owned();
@@ -136,17 +136,17 @@ pub(super) fn scan(folder: &Path) -> Result<Plan, PackError> {
     }
     // walkdir sorts within a folder; between `a/b` and `a-c` the full name decides.
     files.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(Plan { layers: group(files) })
+    Ok(Plan { layers: group(files, max_layers) })
 }
 
-fn group(files: Vec<FilePlan>) -> Vec<Arc<LayerPlan>> {
+fn group(files: Vec<FilePlan>, max_layers: usize) -> Vec<Arc<LayerPlan>> {
     let (small, large): (Vec<_>, Vec<_>) =
         files.into_iter().partition(|file| file.state.size < SMALL_BYTES);
     let mut layers = Vec::new();
     if !small.is_empty() {
         layers.push(small);
     }
-    let each = large.len().div_ceil(MAX_LAYERS - layers.len()).max(1);
+    let each = large.len().div_ceil(max_layers.saturating_sub(layers.len()).max(1)).max(1);
     let mut large = large.into_iter().peekable();
     while large.peek().is_some() {
         layers.push(large.by_ref().take(each).collect());
@@ -165,12 +165,15 @@ mod tests {
 
     #[test]
     fn a_large_file_has_a_layer_and_small_ones_share_one() {
-        let layers = group(vec![
-            file("a", SMALL_BYTES),
-            file("b", 1),
-            file("c", SMALL_BYTES - 1),
-            file("d", 1 << 40),
-        ]);
+        let layers = group(
+            vec![
+                file("a", SMALL_BYTES),
+                file("b", 1),
+                file("c", SMALL_BYTES - 1),
+                file("d", 1 << 40),
+            ],
+            MAX_LAYERS,
+        );
         let names: Vec<Vec<&str>> =
             layers.iter().map(|l| l.files.iter().map(|f| f.name.as_str()).collect()).collect();
         assert_eq!(names, [vec!["b", "c"], vec!["a"], vec!["d"]]);
@@ -180,7 +183,8 @@ mod tests {
     fn no_image_has_more_layers_than_a_runtime_takes() {
         for count in [99, 100, 101, 163, 1000] {
             let files = (0..count).map(|i| file(&format!("{i:04}"), SMALL_BYTES));
-            let layers = group(std::iter::once(file("small", 1)).chain(files).collect());
+            let layers =
+                group(std::iter::once(file("small", 1)).chain(files).collect(), MAX_LAYERS);
             assert!(layers.len() <= MAX_LAYERS, "{count} files in {} layers", layers.len());
             assert_eq!(layers.iter().map(|l| l.files.len()).sum::<usize>(), count + 1);
             assert!(count != 99 || layers.len() == 100);

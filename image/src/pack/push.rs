@@ -14,20 +14,28 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use sha2::Digest as _;
 
+use super::base::{Base, BaseLayer};
 use super::document::{self, Document, DoneLayer};
 use super::plan::{LayerPlan, Plan};
 use super::tar::LayerReader;
 use super::{Meter, PackError, PackOptions, PackPhase, Packed, blocking};
 use crate::digest::Digest;
+use crate::manifest::Blob;
 use crate::reference::Reference;
 use crate::source::registry::{Upload, UploadStream};
+
+/// What is pushed.
+pub(super) struct What {
+    pub(super) plan: Arc<Plan>,
+    pub(super) base: Option<Arc<Base>>,
+    pub(super) annotations: BTreeMap<String, String>,
+}
 
 /// Pushes the planned image as `destination`.
 pub(super) async fn push(
     upload: &Upload,
     destination: &Reference,
-    plan: Arc<Plan>,
-    annotations: BTreeMap<String, String>,
+    What { plan, base, annotations }: What,
     options: &PackOptions,
     stopped: &Arc<AtomicBool>,
 ) -> Result<Packed, PackError> {
@@ -35,9 +43,18 @@ pub(super) async fn push(
         let (plan, options, stopped) = (plan.clone(), options.clone(), stopped.clone());
         blocking(move || hash(&plan, &options, &stopped)).await?
     };
-    let total = layers.iter().map(|layer| layer.size).sum();
+    let base = base.as_deref();
+    let own: u64 = layers.iter().map(|layer| layer.size).sum();
+    let total = own + base.map_or(0, Base::bytes);
     let meter = Meter::new(options, stopped, PackPhase::Writing, total);
     let mut done = 0;
+    if let Some(base) = base {
+        for layer in &base.layers {
+            copy_layer(upload, destination, base, layer, &meter).await?;
+            done += layer.blob.size;
+            meter.set(done)?;
+        }
+    }
     for (plan, layer) in plan.layers.iter().zip(&layers) {
         if !upload.has_blob(&layer.digest).await? {
             upload_layer(upload, plan, layer, &meter).await?;
@@ -49,14 +66,15 @@ pub(super) async fn push(
         destination: destination.to_string(),
         why: source.to_string(),
     };
-    let config = document::config(&layers, &options.platform).map_err(invalid)?;
-    let manifest = document::manifest(&config, &layers, annotations).map_err(invalid)?;
+    let config = document::config(base, &layers, &options.platform).map_err(invalid)?;
+    let manifest = document::manifest(base, &config, &layers, annotations).map_err(invalid)?;
     if !upload.has_blob(&config.digest).await? {
         upload_document(upload, &config).await?;
     }
     let name = destination.name();
     upload.put_manifest(&name, document::MANIFEST_TYPE, manifest.bytes.into()).await?;
-    Ok(Packed { digest: manifest.digest, layers: layers.len(), bytes: total })
+    let count = base.map_or(0, |base| base.layers.len()) + layers.len();
+    Ok(Packed { digest: manifest.digest, layers: count, bytes: total })
 }
 
 fn hash(
@@ -84,6 +102,50 @@ fn hash(
         });
     }
     Ok(layers)
+}
+
+/// Makes a layer of the base one of the repository's: it may have it, or take it from another repository of the
+/// same registry; else its bytes are copied, and the registry checks the digest.
+async fn copy_layer(
+    upload: &Upload,
+    destination: &Reference,
+    base: &Base,
+    layer: &BaseLayer,
+    meter: &Meter,
+) -> Result<(), PackError> {
+    let Blob { digest, size } = layer.blob;
+    if upload.has_blob(&digest).await? {
+        return Ok(());
+    }
+    if let (Reference::Registry(from), Reference::Registry(to)) = (&base.reference, destination)
+        && from.host() == to.host()
+        && upload.mount_blob(&digest, from.repository()).await?
+    {
+        return Ok(());
+    }
+    // The HTTP client wraps what its body's stream says into an error of its own; ours is kept here.
+    let failed: Arc<Mutex<Option<PackError>>> = Arc::default();
+    let open = || {
+        let (failed, meter, name) = (failed.clone(), meter.clone(), base.reference.to_string());
+        let chunks = base.open(layer).map(move |chunk| {
+            let fail = |why: String| PackError::Base { base: name.clone(), why };
+            let chunk = chunk.map_err(|error| (fail(error.to_string()), error));
+            let chunk = chunk.and_then(|chunk| match meter.add(chunk.len() as u64) {
+                Ok(()) => Ok(chunk),
+                Err(error) => Err((error, io::ErrorKind::Interrupted.into())),
+            });
+            chunk.map_err(|(ours, error)| {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(ours);
+                error
+            })
+        });
+        chunks.boxed()
+    };
+    let result = upload.put_blob(&digest, size, open).await;
+    match failed.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some(error) => Err(error),
+        None => Ok(result?),
+    }
 }
 
 /// Streams a layer, read again from its files.

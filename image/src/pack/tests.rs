@@ -377,7 +377,7 @@ proptest::proptest! {
             fs::write(&path, &content).unwrap();
             written.insert(format!("models/{name}"), content);
         }
-        let plan = plan::scan(&model.path()).unwrap();
+        let plan = plan::scan(&model.path(), MAX_LAYERS).unwrap();
         let mut reader = tar::LayerReader::new(&plan.layers[0]).unwrap();
         let mut bytes = Vec::new();
         while let Some(chunk) = reader.next_chunk().unwrap() { bytes.extend_from_slice(&chunk); }

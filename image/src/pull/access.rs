@@ -71,9 +71,12 @@ impl Inner {
             }
             Err(SourceError::Denied(why) | SourceError::NotFound(why)) => {
                 self.disk(move |store| store.revoke(&digest, &repository, credential)).await?;
-                Err(SourceError::Denied(refused(reference, &why)).into())
+                let why = refused(reference, &without_digest(&why, reference, &digest));
+                Err(SourceError::Denied(why).into())
             }
-            Err(error) => Err(error.into()),
+            Err(error) => {
+                Err(error.map_message(|why| without_digest(why, reference, &digest)).into())
+            }
         }
     }
 
@@ -118,8 +121,33 @@ async fn ask(
 }
 
 fn refused(reference: &Reference, why: &str) -> String {
-    format!(
-        "image {reference} is on this node, but its registry does not give it to this pod's \
-         credentials: {why}"
-    )
+    format!("image {reference}: its registry refuses this pod's credentials: {why}")
+}
+
+/// The message without the digest that the caller did not name: who has no right to an image must not
+/// learn from the error that the node has it, nor which one it is.
+fn without_digest(why: &str, reference: &Reference, digest: &Digest) -> String {
+    match reference.digest() == Some(*digest) {
+        true => why.to_owned(),
+        false => {
+            let name = reference.tag().map_or_else(|| "of it".to_owned(), ToOwned::to_owned);
+            why.replace(&digest.to_string(), &name).replace(&digest.hex(), &name)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_names_only_the_digest_that_its_reader_named() {
+        let digest = Digest::of(b"private");
+        let why = format!("manifest {digest}: GET https://r/v2/a/manifests/{digest}: 403");
+        let tagged: Reference = "r/a:v1".parse().unwrap();
+        let text = without_digest(&why, &tagged, &digest);
+        assert_eq!(text, "manifest v1: GET https://r/v2/a/manifests/v1: 403");
+        let named: Reference = format!("r/a:v1@{digest}").parse().unwrap();
+        assert_eq!(without_digest(&why, &named, &digest), why);
+    }
 }

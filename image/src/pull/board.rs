@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime};
 
 use tokio::sync::watch;
 
+use super::holders::Holders;
 use super::layers::LayerState;
 use super::slots::{Priority, Urgency};
 use super::stream::Arriving;
@@ -30,6 +31,8 @@ pub(super) struct Board {
 pub(super) struct Entry {
     pub(super) reference: Reference,
     pub(super) urgency: Arc<Urgency>,
+    /// Who keeps it going.
+    pub(super) holders: Holders,
     /// The image as it can be seen before it is complete, where the pull is to show it.
     pub(super) arriving: watch::Sender<Option<Arc<Arriving>>>,
     started_at: SystemTime,
@@ -63,6 +66,7 @@ impl Board {
         let entry = Arc::new(Entry {
             reference: reference.clone(),
             urgency: Arc::new(Urgency::new(priority)),
+            holders: Holders::default(),
             arriving: watch::Sender::new(None),
             started_at: SystemTime::now(),
             stage: Mutex::new(Stage {
@@ -106,6 +110,11 @@ impl Board {
         let mut list: Vec<_> = lock(&self.entries).iter().map(|entry| entry.progress()).collect();
         list.extend(lock(&self.elsewhere).iter().cloned());
         list
+    }
+
+    /// Whether another process pulls this image.
+    pub(super) fn is_elsewhere(&self, reference: &Reference) -> bool {
+        lock(&self.elsewhere).iter().any(|pull| pull.reference == *reference)
     }
 
     pub(super) fn set_elsewhere(&self, pulls: Vec<PullProgress>) {

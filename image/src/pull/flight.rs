@@ -1,8 +1,8 @@
 //! Single flight: whoever asks for a key that is on its way waits for that one.
 //!
 //! The work runs in a task of its own. It is stopped when the last of its
-//! waiters has gone, unless one of them asked it to go on. A state `S`, made
-//! with the work, is what its waiters can see of it meanwhile.
+//! waiters has gone, or by [`Flights::stop_if`]. A state `S`, made with the work, is what its
+//! waiters can see of it meanwhile.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -21,8 +21,6 @@ struct Entry<V, S> {
     result: watch::Receiver<Option<V>>,
     stop: CancellationToken,
     waiters: usize,
-    /// Goes on without waiters.
-    detached: bool,
     /// Tells this flight from a later one with the same key.
     number: u64,
 }
@@ -87,7 +85,7 @@ where
         let (sender, result) = watch::channel(None);
         let stop = CancellationToken::new();
         let (state, work) = start(stop.clone());
-        let entry = Entry { state, result, stop, waiters: 1, detached: false, number };
+        let entry = Entry { state, result, stop, waiters: 1, number };
         let flight = Flight::hold(&self.table, key, &entry);
         table.insert(key.clone(), entry);
         drop(table);
@@ -105,6 +103,24 @@ where
             let _ = sender.send(Some(value));
         });
         flight
+    }
+
+    /// Stops the flights whose keys fit, if `agreed` says so of all their states together. Returns how
+    /// many it stopped. `agreed` is called under the table's lock: it must not come back here.
+    pub(super) fn stop_if(
+        &self,
+        fits: impl Fn(&K) -> bool,
+        agreed: impl FnOnce(&[&S]) -> bool,
+    ) -> usize {
+        let table = lock(&self.table);
+        let running = |(key, entry): &(&K, &Entry<V, S>)| fits(key) && !entry.stop.is_cancelled();
+        let chosen: Vec<_> = table.iter().filter(running).map(|(_, entry)| entry).collect();
+        let states: Vec<&S> = chosen.iter().map(|entry| &entry.state).collect();
+        if !agreed(&states) {
+            return 0;
+        }
+        chosen.iter().for_each(|entry| entry.stop.cancel());
+        chosen.len()
     }
 
     /// Tells all flights to stop.
@@ -141,15 +157,6 @@ impl<K: Eq + Hash + Clone, V: Clone, S: Clone> Flight<K, V, S> {
         let value = result.wait_for(Option::is_some).await.ok()?;
         value.clone()
     }
-
-    /// Lets the work go on when nobody holds it any more.
-    pub(super) fn detach(&self) {
-        if let Some(entry) = lock(&self.table).get_mut(&self.key)
-            && entry.number == self.number
-        {
-            entry.detached = true;
-        }
-    }
 }
 
 impl<K: Eq + Hash, V, S> Drop for Flight<K, V, S> {
@@ -158,7 +165,7 @@ impl<K: Eq + Hash, V, S> Drop for Flight<K, V, S> {
             && entry.number == self.number
         {
             entry.waiters -= 1;
-            if entry.waiters == 0 && !entry.detached {
+            if entry.waiters == 0 {
                 entry.stop.cancel();
             }
         }
@@ -197,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_stops_with_its_last_waiter_unless_detached() {
+    async fn work_stops_with_its_last_waiter() {
         let flights = Flights::<u8, bool, ()>::default();
         let stopped = |token: CancellationToken| {
             ((), async move {
@@ -213,13 +220,43 @@ mod tests {
         let mut watch = watch;
         assert_eq!(*watch.wait_for(Option::is_some).await.unwrap(), Some(true));
 
-        let kept = flights.join(&2, stopped);
-        kept.detach();
-        drop(kept);
-        assert!(!lock(&flights.table)[&2].stop.is_cancelled());
-        let again = flights.join(&2, |_| ((), async { panic!("a second flight") }));
+        let again = flights.join(&2, stopped);
         flights.stop_all();
         assert_eq!(again.wait().await, Some(true));
+    }
+
+    #[tokio::test]
+    async fn flights_that_are_chosen_stop_together_or_not_at_all() {
+        let flights = Flights::<u8, u8, u8>::default();
+        let flight = |key: u8| {
+            flights.join(&key, |stop| {
+                (key, async move {
+                    stop.cancelled().await;
+                    key
+                })
+            })
+        };
+        let (one, two, three) = (flight(1), flight(2), flight(3));
+        let odd = |key: &u8| key % 2 == 1;
+        let seen = |states: &[&u8]| {
+            let mut states: Vec<u8> = states.iter().map(|state| **state).collect();
+            states.sort_unstable();
+            assert_eq!(states, [1, 3]);
+        };
+        let refused = flights.stop_if(odd, |states| {
+            seen(states);
+            false
+        });
+        assert_eq!(refused, 0);
+        let stopped = flights.stop_if(odd, |states| {
+            seen(states);
+            true
+        });
+        assert_eq!(stopped, 2);
+        assert_eq!((one.wait().await, three.wait().await), (Some(1), Some(3)));
+        assert!(!lock(&flights.table)[&2].stop.is_cancelled());
+        assert_eq!(flights.stop_if(odd, |states| states.is_empty()), 0, "none is left to stop");
+        drop(two);
     }
 
     #[tokio::test]

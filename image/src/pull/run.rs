@@ -60,7 +60,12 @@ impl Inner {
                 written_bytes = pulled.written_bytes,
                 "image is here"
             ),
-            Err(PullError::Cancelled(_)) => tracing::info!(%reference, "pull stopped"),
+            Err(PullError::Cancelled(_)) => {
+                if stop.is_cancelled() && !self.stop.is_cancelled() {
+                    self.cancelled.fetch_add(1, Ordering::Relaxed);
+                }
+                tracing::info!(%reference, "pull stopped");
+            }
             Err(error) => tracing::warn!(%reference, %error, "pull failed"),
         }
         outcome

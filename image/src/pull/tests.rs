@@ -50,6 +50,14 @@ impl Bench {
         self.puller.store()
     }
 
+    /// Until no pull is on the board.
+    async fn until_quiet(&self) {
+        let mut changes = self.puller.changes();
+        while !self.puller.pulls().is_empty() {
+            changes.changed().await.unwrap();
+        }
+    }
+
     fn tree(&self, pulled: &Pulled) -> Vec<String> {
         listing(&self.store().rootfs(&pulled.digest))
     }
@@ -111,13 +119,13 @@ async fn what_is_here_is_not_fetched_again() {
     bench.pull(&base).await.unwrap();
     let size = |layer: &TestLayer| fs::metadata(bench.layout.blob_path(&layer.blob)).unwrap().len();
     let (shared_bytes, extra_bytes) = (size(&shared), size(&extra));
-    let before = Traffic { fetched_bytes: shared_bytes, skipped_bytes: 0 };
+    let before = Traffic { fetched_bytes: shared_bytes, ..Traffic::default() };
     assert_eq!(bench.puller.traffic(), before);
     fs::remove_file(bench.layout.blob_path(&shared.blob)).unwrap();
     let pulled = bench.pull(&tuned).await.unwrap();
     assert!(pulled.fetched_bytes < 10_000, "{} bytes", pulled.fetched_bytes);
     let fetched_bytes = shared_bytes + extra_bytes;
-    let after = Traffic { fetched_bytes, skipped_bytes: shared_bytes };
+    let after = Traffic { fetched_bytes, skipped_bytes: shared_bytes, ..before };
     assert_eq!(bench.puller.traffic(), after);
     assert_eq!(bench.tree(&pulled), ["adapter", "base"]);
     assert!(bench.pull(&tuned).await.unwrap().already_present);
@@ -305,29 +313,65 @@ async fn shutdown_stops_where_the_next_start_goes_on() {
     let pulled = bench.pull(&reference).await.unwrap();
     let total = fs::metadata(bench.layout.blob_path(&layer.blob)).unwrap().len();
     assert!(pulled.fetched_bytes < total, "{} of {total} bytes again", pulled.fetched_bytes);
-    let Traffic { fetched_bytes, skipped_bytes } = bench.puller.traffic();
+    let Traffic { fetched_bytes, skipped_bytes, .. } = bench.puller.traffic();
     assert_eq!((fetched_bytes, fetched_bytes + skipped_bytes), (pulled.fetched_bytes, total));
     assert_eq!(bench.tree(&pulled), ["weights"]);
 }
 
 #[tokio::test]
-async fn a_pull_stops_with_its_last_handle_unless_detached() {
+async fn a_pull_stops_with_its_last_handle() {
     let mut bench = bench();
     let layer = bench.layer(Plain, &[Entry::File("weights", &noise(7, 64_000_000))]);
     let reference = bench.layout.image("big", &[layer]);
     drop(bench.puller.start(PullRequest::new(reference.clone())));
-    let mut changes = bench.puller.changes();
-    while !bench.puller.pulls().is_empty() {
-        changes.changed().await.unwrap();
-    }
+    bench.until_quiet().await;
     assert_eq!(bench.store().lookup(&reference).unwrap(), None);
+    assert_eq!(bench.puller.traffic().cancelled_pulls, 1);
+}
 
-    bench.puller.start(PullRequest::new(reference.clone())).detach();
+#[tokio::test]
+async fn a_pull_that_nobody_needs_is_cancelled_and_goes_on_later() {
+    let mut bench = bench();
+    let layer = bench.layer(Plain, &[Entry::File("weights", &noise(7, 200_000_000))]);
+    let reference = bench.layout.image("big", std::slice::from_ref(&layer));
+    let start =
+        |holder| bench.puller.start(PullRequest { holder, ..PullRequest::new(reference.clone()) });
+    let (prefetch, mut pod, list) =
+        (start(Holder::Prefetch), start(Holder::Pod), start(Holder::List));
     let mut changes = bench.puller.changes();
-    while !bench.puller.pulls().is_empty() {
-        changes.changed().await.unwrap();
+    while pod.progress().done_bytes == 0 {
+        let _ = tokio::time::timeout(Duration::from_millis(1), changes.changed()).await;
     }
-    assert!(bench.store().lookup(&reference).unwrap().is_some());
+    let cancel = |force| bench.puller.cancel(&reference, force);
+    assert_eq!(cancel(false), Cancel::Needed(NeededBy { pods: 1, list: true }));
+    drop(list);
+    assert_eq!(cancel(false), Cancel::Needed(NeededBy { pods: 1, list: false }));
+    // Its publish was answered; the kubelet has not called again.
+    pod.hand_to(Holder::Retry);
+    assert_eq!(cancel(false), Cancel::Stopped);
+    for held in [&prefetch, &pod] {
+        let error = held.wait().await.unwrap_err();
+        assert!(matches!(error, PullError::Cancelled(_)), "{error}");
+    }
+    bench.until_quiet().await;
+    assert_eq!(cancel(true), Cancel::NotInFlight);
+    assert_eq!(bench.puller.traffic().cancelled_pulls, 1);
+
+    let again = bench.pull(&reference).await.unwrap();
+    let total = fs::metadata(bench.layout.blob_path(&layer.blob)).unwrap().len();
+    assert!(again.fetched_bytes < total, "{} of {total} bytes again", again.fetched_bytes);
+}
+
+#[tokio::test]
+async fn force_cancels_a_pull_under_those_who_need_it() {
+    let mut bench = bench();
+    let layer = bench.layer(Plain, &[Entry::File("weights", &noise(7, 64_000_000))]);
+    let reference = bench.layout.image("big", &[layer]);
+    let request = PullRequest { holder: Holder::Pod, ..PullRequest::new(reference.clone()) };
+    let pod = bench.puller.start(request);
+    assert_eq!(bench.puller.cancel(&reference, true), Cancel::Stopped);
+    assert!(matches!(pod.wait().await, Err(PullError::Cancelled(_))));
+    assert!(bench.pull(&reference).await.is_ok(), "who asks again starts it again");
 }
 
 fn kept(owner: &str) -> PinRequest {

@@ -41,6 +41,7 @@ use crate::manifest::Packaging;
 use crate::reference::Reference;
 use crate::store::{Store, StoreError, Whole};
 use crate::tree::{Attributes, LayerEntry, Tree};
+use rustix::fs::StatVfsMountFlags;
 
 /// Where it is tried.
 const TRIAL: &str = "carport-trial";
@@ -84,6 +85,17 @@ pub enum PublishError {
     /// The store's disk.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+/// How the reason begins where the runtime's folder could be shared but for a read-only mount.
+const READ_ONLY: &str = "its folder is mounted read-only here";
+
+impl PublishError {
+    /// Whether only a read-only mount stands between the store and the runtime's folder, as in the default
+    /// install: nothing is broken then.
+    pub fn is_read_only_mount(&self) -> bool {
+        matches!(self, Self::NotPossible(why) if why.starts_with(READ_ONLY))
+    }
 }
 
 impl From<Failed> for PublishError {
@@ -210,6 +222,14 @@ impl Runtime {
                 root.display(),
                 store.root().display()
             )));
+        }
+        let far = root.clone();
+        let read_only = on_disk(store, move |_| {
+            let mount = rustix::fs::statvfs(&far).map(|mount| mount.f_flag);
+            Ok(mount.is_ok_and(|flags| flags.contains(StatVfsMountFlags::RDONLY)))
+        });
+        if read_only.await? {
+            return Err(not(format!("{READ_ONLY}: {}", root.display())));
         }
         let namespace = Namespace::parse(TRIAL).ok_or_else(|| not(TRIAL.to_owned()))?;
         let session = self.session(&namespace, root.clone()).await?;

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use carport_csi::mount::{KernelMounter, Mounter as _, over};
+use carport_csi::mount::{KernelMounter, Mounter as _, Processes, over};
 use carport_image::Store;
 use carport_image::runtime::PublishError;
 
@@ -81,9 +81,6 @@ fn fuse(root: bool) -> Check {
     }
 }
 
-/// The number of the PID namespace that a machine starts with (`PROC_PID_INIT_INO` of the kernel).
-const HOSTS_PROCESSES: u64 = 0xEFFF_FFFC;
-
 /// Whether streaming volumes can be turned into kernel mounts in pods that run.
 fn native(release: &str) -> Check {
     let until = "until then volumes that stream stay FUSE until their pods go";
@@ -94,15 +91,22 @@ fn native(release: &str) -> Check {
             format!("use Linux 6.5 or newer; {until}"),
         );
     }
-    let processes = rustix::fs::stat("/proc/self/ns/pid").map(|stat| stat.st_ino);
-    if processes != Ok(HOSTS_PROCESSES) {
-        return Check::warn(
+    let works = "volumes that stream become kernel mounts in pods that run";
+    match Processes::seen() {
+        Processes::OfMachine => Check::ok("native", works),
+        Processes::OfNode => Check::ok(
+            "native",
+            format!(
+                "{works}; this node is a container itself (kind, k3d), and hostPID shows the processes of \
+                 its pods"
+            ),
+        ),
+        Processes::OfContainer => Check::warn(
             "native",
             "the processes of pods are not seen from here",
             format!("set hostPID: true in the agent's pod; {until}"),
-        );
+        ),
     }
-    Check::ok("native", "volumes that stream become kernel mounts in pods that run")
 }
 
 /// Moves nothing: there is no such mount. A kernel that does not know the flag says so before it looks.
@@ -187,6 +191,14 @@ pub(super) async fn runtime(config: &Config) -> Option<Check> {
     let (sources, store) = (config.sources().ok()?, Store::open(&config.root).ok()?);
     Some(match sources.runtime()?.shares_files_with(&store).await {
         Ok(()) => Check::ok("containerd", format!("{} shares its files", socket.display())),
+        Err(error) if error.is_read_only_mount() => Check::ok(
+            "containerd",
+            format!(
+                "{}: its images are read, and its files copied, since its folder is mounted read-only \
+                 here; to share files, use the overlay shared-with-containerd",
+                socket.display()
+            ),
+        ),
         Err(PublishError::NotPossible(why)) => Check::warn(
             "containerd",
             format!("{}: {why}", socket.display()),
@@ -290,6 +302,12 @@ pub(super) fn list(config: &Config) -> Vec<Check> {
     let Some(path) = &config.prepull.list else { return Vec::new() };
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let shown = path.display();
+            let message =
+                format!("there is none at {shown}: nothing is pulled before pods ask for it");
+            return vec![Check::ok("list", message)];
+        }
         Err(error) => {
             let message = format!("{}: {error}", path.display());
             let advice = "write the list there (`images: []` is one), or take prepull.list away";

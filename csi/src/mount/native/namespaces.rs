@@ -119,7 +119,7 @@ impl Walker {
                 Err(_) => hidden += 1,
             }
         }
-        Ok(Found { namespaces, hidden, all_processes: sees_all_processes(home) })
+        Ok(Found { namespaces, hidden, all_processes: Processes::seen() != Processes::OfContainer })
     }
 
     /// Goes into `namespace`, to its root.
@@ -178,13 +178,30 @@ fn gone(error: &io::Error) -> bool {
         || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
-/// True where the process that all others come from is seen: outside containers, and in a
-/// container with `hostPID`, whose first process lives among other mounts.
-fn sees_all_processes(home: NamespaceId) -> bool {
-    if fs::read_link("/proc/thread-self/ns/pid")
-        .is_ok_and(|it| it.as_os_str() == FIRST_PID_NAMESPACE)
-    {
-        return true;
+/// Which processes this one sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Processes {
+    /// All of the machine: outside containers, and in a pod with `hostPID`.
+    OfMachine,
+    /// Those of a node that is a container itself, as kind and k3d make them: in a pod with `hostPID`,
+    /// whose first process lives among other mounts.
+    OfNode,
+    /// Only those of its own container.
+    OfContainer,
+}
+
+impl Processes {
+    /// Looks at `/proc`.
+    pub fn seen() -> Self {
+        if fs::read_link("/proc/thread-self/ns/pid")
+            .is_ok_and(|it| it.as_os_str() == FIRST_PID_NAMESPACE)
+        {
+            return Self::OfMachine;
+        }
+        let namespace = |path| fs::metadata(path).map(|namespace| namespace.ino());
+        match (namespace("/proc/1/ns/mnt"), namespace("/proc/thread-self/ns/mnt")) {
+            (Ok(first), Ok(own)) if first != own => Self::OfNode,
+            _ => Self::OfContainer,
+        }
     }
-    fs::metadata("/proc/1/ns/mnt").is_ok_and(|first| NamespaceId(first.ino()) != home)
 }

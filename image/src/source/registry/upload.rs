@@ -50,6 +50,24 @@ impl Upload {
         }
     }
 
+    /// Has the registry take the blob from another of its repositories. False where it does not, for whatever
+    /// reason: the bytes can still be uploaded.
+    pub(crate) async fn mount_blob(
+        &self,
+        digest: &Digest,
+        from: &str,
+    ) -> Result<bool, SourceError> {
+        let asked = self.repository.asked_blob(digest);
+        let mut url = self.repository.url("blobs/uploads/")?;
+        url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from);
+        let post = || self.plain(Method::POST, &url).header(CONTENT_LENGTH, "0");
+        let response = self.send(&asked, &AtomicU64::new(0), post).await?;
+        let mounted = response.status() == StatusCode::CREATED;
+        // It may have begun an upload instead, which ends by itself.
+        drain(response).await;
+        Ok(mounted)
+    }
+
     /// Uploads the `size` bytes of `open`'s stream, which must be `digest`'s: the registry checks.
     /// `open` may be called more than once, when a token turns out to have expired.
     pub(crate) async fn put_blob(
