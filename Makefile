@@ -63,6 +63,31 @@ test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else 
 test-clients: setup ## Other gRPC clients (grpc-go, Python's grpcio) on the unix sockets, where Go and pip can have them (as root)
 	CARPORT_TEST_CLIENTS=1 $(CARGO) test --package carport-tests --test unix_clients -- --nocapture
 
+# What is checked on the cluster: `full`, `short`, or names of checks (tests/tests/cluster/main.rs). With CARPORT_TEST_RELEASE set, by
+# the optimised binary.
+CLUSTER ?= full
+
+.PHONY: test-cluster
+test-cluster: setup ## Test carport on a real one-node Kubernetes cluster, built with Go the first time (as root)
+	CLUSTER=$(CLUSTER) $(CARGO) test --package carport-tests --test cluster
+
+.PHONY: test-cluster-short
+test-cluster-short: CLUSTER = short
+test-cluster-short: test-cluster ## The same in a minute: register, inline and claimed volumes, a private image, uninstall
+
+.PHONY: cluster
+cluster: setup ## Start a one-node Kubernetes cluster with carport on it, and leave it running (as root, with Go)
+	$(CARGO) build --package carport-agent --package carport-tests --bins
+	target/debug/carport-cluster up
+
+.PHONY: cluster-enter
+cluster-enter: ## A shell on the node of `make cluster`, or a command: make cluster-enter RUN='kubectl get pods -A'
+	@target/debug/carport-cluster enter $(RUN)
+
+.PHONY: cluster-down
+cluster-down: ## Remove the cluster of `make cluster`
+	@target/debug/carport-cluster down
+
 .PHONY: soak
 soak: setup ## 50,000 volumes that come and go; `make test` has 5,000 (as root)
 	CARPORT_SOAK_CYCLES=50000 $(CARGO) test --package carport-tests --test node_soak -- --nocapture

@@ -8,6 +8,7 @@
 
 pub mod api_reference;
 pub mod carport;
+pub mod cluster;
 pub mod containerd;
 pub mod cri;
 pub mod demo;

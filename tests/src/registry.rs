@@ -13,7 +13,8 @@ pub const USERNAME: &str = "carport";
 pub const PASSWORD: &str = "s3cret";
 
 /// bcrypt of [`PASSWORD`], with the least work that there is.
-const HTPASSWD: &str = "carport:$2y$05$abcdefghijklmnopqrstuuLK7U1u6pVRmL7L1BBM2aS35PSZnDXlK\n";
+pub(crate) const HTPASSWD: &str =
+    "carport:$2y$05$abcdefghijklmnopqrstuuLK7U1u6pVRmL7L1BBM2aS35PSZnDXlK\n";
 
 /// A running docker-registry with an empty store; killed and removed when dropped.
 pub struct Registry {
@@ -68,7 +69,7 @@ impl Registry {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path();
         if more.contains("tls:") {
-            make_certificate(path);
+            make_certificate("IP:127.0.0.1", &path.join("tls.key"), &path.join("tls.crt"));
         }
         let config = format!(
             "version: 0.1\nlog:\n  level: info\n  formatter: text\n  accesslog:\n    disabled: true\n\
@@ -121,17 +122,21 @@ impl Drop for Registry {
     }
 }
 
-/// A key and a certificate for 127.0.0.1, signed by itself.
-fn make_certificate(folder: &Path) {
+/// Writes a key and a self-signed certificate for these names: `DNS:registry.example,IP:127.0.0.1`.
+///
+/// # Panics
+///
+/// When openssl cannot make them.
+pub fn make_certificate(names: &str, key: &Path, certificate: &Path) {
     let made = Command::new("openssl")
         .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
-        .args(["-nodes", "-days", "2", "-subj", "/CN=carport-tests"])
-        .args(["-addext", "subjectAltName=IP:127.0.0.1"])
+        .args(["-nodes", "-days", "30", "-subj", "/CN=carport-tests"])
+        .args(["-addext", &format!("subjectAltName={names}")])
         .args(["-addext", "basicConstraints=critical,CA:FALSE"])
         .arg("-keyout")
-        .arg(folder.join("tls.key"))
+        .arg(key)
         .arg("-out")
-        .arg(folder.join("tls.crt"))
+        .arg(certificate)
         .output()
         .expect("run openssl");
     assert!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));

@@ -11,7 +11,12 @@ use carport_tests::carport::{binary, workspace};
 use carport_tests::registry::installed;
 
 /// Of these documents only what is named: `make demo` and the like have tests of their own.
-const NOT_RUN: [(&str, &str); 2] = [("README.md", "make demo"), ("CONTRIBUTING.md", "make test")];
+const NOT_RUN: [(&str, &str); 4] = [
+    ("README.md", "make demo"),
+    ("CONTRIBUTING.md", "make test"),
+    ("testing-on-a-cluster.md", "make test-cluster"),
+    ("testing-on-a-cluster.md", "make cluster"),
+];
 
 /// The blocks of a document in this language.
 fn blocks(text: &str, language: &str) -> Vec<String> {
