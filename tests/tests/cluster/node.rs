@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
+use carport_tests::carport::workspace;
 use carport_tests::cluster::deploy::{DRIVER, SYSTEM};
 use carport_tests::cluster::kube::Kube;
 use carport_tests::sanity::Proxy;
@@ -24,13 +25,17 @@ async fn edit(bench: &Bench, list: &str) -> anyhow::Result<()> {
     bench.kube.run(&arguments).await.map(drop)
 }
 
-/// An edited list brings a new image to the node, and restarts nothing.
+/// A list that is made as the documentation says and then edited brings a new image to the node, restarts nothing, and
+/// outlives an upgrade.
 pub(crate) async fn prepull(bench: &mut Bench) -> anyhow::Result<String> {
     let before = bench.carport_pod().await?["metadata"]["uid"].clone();
     model(bench, "listed").await?;
     let image = "registry.example/models/listed:v1";
+    let example = workspace().join("deploy/examples/prepull.yaml").display().to_string();
+    bench.kube.run(&["apply", "-f", &example]).await?;
     let start = Instant::now();
-    edit(bench, &format!("images: [{{image: '{image}', pin: forever}}]\n")).await?;
+    let list = format!("images: [{{image: '{image}', pin: forever}}]\n");
+    edit(bench, &list).await?;
     let there = async |_: &Kube| {
         let list = bench.agent(&["carport", "ls", "-o", "json"]).await?;
         Ok(if list.contains(image) { Ok(()) } else { Err(list) })
@@ -44,8 +49,11 @@ pub(crate) async fn prepull(bench: &mut Bench) -> anyhow::Result<String> {
     ensure!(restarts.len() == 2, "{restarts:?}");
     let pins = bench.agent(&["carport", "pins"]).await?;
     ensure!(pins.contains(image), "{pins}");
+    bench.cluster.deploy().await?;
+    let kept = bench.kube.get(&["configmap", "carport-prepull", "-n", SYSTEM]).await?;
+    ensure!(kept["data"]["list.yaml"] == list, "`kubectl apply -k` changed the list: {kept}");
     Ok(format!(
-        "an edited list's image is stored and pinned after {:.1} s, in the same pod",
+        "an edited list's image is stored and pinned after {:.1} s, in the same pod; `kubectl apply -k` leaves the list",
         took.as_secs_f64()
     ))
 }
