@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::output::time;
 use crate::state::Trouble;
 
-/// A kubelet that runs calls within a second. After this long without a word something is wrong.
+/// A running kubelet calls within a second. After this long without a call something is wrong.
 pub const GRACE: Duration = Duration::from_secs(45);
 
 /// How often it is looked whether something has come to last.

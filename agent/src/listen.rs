@@ -239,7 +239,7 @@ impl Slots {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A slot here for who has one elsewhere.
+    /// A slot here for a peer that already has one elsewhere.
     pub fn take_for(self: &Arc<Self>, slot: &Slot) -> Result<Slot, Refusal> {
         self.take(slot.peer)
     }

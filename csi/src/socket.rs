@@ -46,7 +46,7 @@ impl BindError {
     }
 }
 
-/// Who may connect to a socket, and who may look into its folder where that has to be made.
+/// File modes: of a socket, and of its folder where that has to be created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Modes {
     /// Of the socket.

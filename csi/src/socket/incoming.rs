@@ -299,7 +299,7 @@ impl Keeper {
     }
 }
 
-/// Who is at the other end of a connection, and whether it could make itself understood.
+/// The peer of a connection, and whether one of its calls was understood.
 #[derive(Debug, Clone)]
 pub struct Caller(Arc<Seen>);
 
