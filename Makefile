@@ -32,7 +32,7 @@ image: build ## Write the agent's container image, an OCI archive: target/image/
 demo: setup ## Run the main job on this machine and show each step (as root)
 	@test -e target/debug/carport-demo || echo "demo: building carport; the first build takes about four minutes on two cores"
 	@$(CARGO) build --package carport-agent --package carport-tests --bins
-	@target/debug/carport-demo
+	@target/debug/carport-demo target/debug/carport
 
 .PHONY: test
 test: setup ## Run all tests; the end lists what was skipped, and why

@@ -1,6 +1,6 @@
 //! Unix sockets that appear when they are served and go when they are not.
 //!
-//! [`Socket::serve`] accepts connections and keeps the file in place: see [`incoming`].
+//! [`Socket::serve`] accepts connections and keeps the file in place: see `incoming`.
 
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};

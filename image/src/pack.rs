@@ -14,7 +14,7 @@
 //! ranges. In the image the folder's content stands below `/models`, where KServe
 //! looks for it.
 //!
-//! With a base the model's layers stand on another image's, which stay what they are ([`base`]): KServe's sidecar
+//! With a base the model's layers stand on another image's, which stay what they are (`pack/base.rs`): KServe's sidecar
 //! runs `sh`, `ln` and `sleep` from a modelcar.
 //!
 //! # What always holds

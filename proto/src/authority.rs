@@ -9,9 +9,9 @@
 //!        ◄──────────────────────────────────────────────────
 //! ```
 //!
-//! - [`frames`] finds the header blocks in what the client sends;
-//! - [`fields`] replaces an `:authority` that h2 would refuse, and keeps the dynamic tables in step;
-//! - [`huffman`] is the code that strings may be written in.
+//! - `frames` finds the header blocks in what the client sends;
+//! - `fields` replaces an `:authority` that h2 would refuse, and keeps the dynamic tables in step;
+//! - `huffman` is the code that strings may be written in.
 //!
 //! # What always holds
 //!

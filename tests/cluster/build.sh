@@ -26,6 +26,8 @@ needed=
 [ -e /usr/include/seccomp.h ] || needed="$needed libseccomp-dev"
 [ -x /bin/busybox ] || needed="$needed busybox-static"
 command -v ip >/dev/null || needed="$needed iproute2"
+# Debian has it apart from util-linux, Ubuntu in it.
+command -v fincore >/dev/null || needed="$needed util-linux-extra"
 command -v cc >/dev/null || needed="$needed gcc libc6-dev"
 if [ -n "$needed" ]; then
 	if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
