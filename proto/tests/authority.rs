@@ -64,14 +64,19 @@ async fn curl(socket: &Path, authority: &str) -> Option<Output> {
 /// NotifyRegistrationStatus, by `tests/clients/grpc-go record`.
 const GRPC_GO: &[u8] = include_bytes!("fixtures/grpc-go-1.83.2-registration.bin");
 
+/// What the kubelet 1.37.2 sends to a registration socket `recorded-reg.sock`: GetInfo and NotifyRegistrationStatus, which says
+/// that another driver has the name. Recorded between the kubelet and the agent on the cluster of `make cluster`.
+const KUBELET: &[u8] = include_bytes!("fixtures/kubelet-1.37.2-registration.bin");
+
 /// The calls that an h2 server makes of the bytes, in reads of `size`: their paths, authorities and user agents.
 async fn calls(
+    recorded: &'static [u8],
     server: impl AsyncRead + AsyncWrite + Unpin,
     mut client: DuplexStream,
     size: usize,
 ) -> Vec<Result<[String; 3], Option<h2::Reason>>> {
     let sending = tokio::spawn(async move {
-        for bytes in GRPC_GO.chunks(size) {
+        for bytes in recorded.chunks(size) {
             client.write_all(bytes).await.unwrap();
             tokio::task::yield_now().await;
         }
@@ -93,22 +98,36 @@ async fn calls(
     calls
 }
 
-#[tokio::test]
-async fn the_bytes_of_a_kubelet_are_understood() {
+/// All calls are understood through the adapter, in reads of any size, and none without it.
+async fn understood(recorded: &'static [u8], socket: &str, agent: &str, methods: &[&str]) {
     let (client, server) = tokio::io::duplex(1 << 16);
-    assert_eq!(calls(server, client, GRPC_GO.len()).await, [], "h2 alone refuses all of them");
+    let refused = calls(recorded, server, client, recorded.len()).await;
+    assert_eq!(refused, [], "h2 alone refuses all of them");
 
-    // %2Fvar%2Flib%2Fkubelet%2Fplugins_registry%2Fcsi.carport.dev-reg.sock has 68 bytes.
-    let call = |method: &str| {
+    let authority = "0".repeat(socket.replace('/', "%2F").len());
+    let call = |method: &&str| {
         let path = format!("/pluginregistration.Registration/{method}");
-        Ok([path, "0".repeat(68), "grpc-go/1.83.2".to_owned()])
+        Ok([path, authority.clone(), agent.to_owned()])
     };
-    let expected = [call("GetInfo"), call("GetInfo"), call("NotifyRegistrationStatus")];
-    for size in [GRPC_GO.len(), 1, 7, 100] {
+    let expected: Vec<_> = methods.iter().map(call).collect();
+    for size in [recorded.len(), 1, 7, 100] {
         let (client, server) = tokio::io::duplex(1 << 16);
-        let seen = calls(AnyAuthority::new(server), client, size).await;
+        let seen = calls(recorded, AnyAuthority::new(server), client, size).await;
         assert_eq!(seen, expected, "in reads of {size}");
     }
+}
+
+#[tokio::test]
+async fn the_bytes_of_a_kubelet_are_understood() {
+    let socket = "/var/lib/kubelet/plugins_registry/recorded-reg.sock";
+    understood(KUBELET, socket, "grpc-go/1.82.1", &["GetInfo", "NotifyRegistrationStatus"]).await;
+}
+
+#[tokio::test]
+async fn the_bytes_of_grpc_go_that_dials_as_the_kubelet_does_are_understood() {
+    let socket = "/var/lib/kubelet/plugins_registry/csi.carport.dev-reg.sock";
+    let methods = ["GetInfo", "GetInfo", "NotifyRegistrationStatus"];
+    understood(GRPC_GO, socket, "grpc-go/1.83.2", &methods).await;
 }
 
 #[tokio::test]
