@@ -162,6 +162,8 @@ const CONTAINER: &str = r#"#!/bin/sh
 set -eu
 if [ -n "${KUBELET:-}" ] && ! mountpoint -q "$KUBELET"; then
     mount --bind "$KUBELET" "$KUBELET"
+    # A peer group of its own: a peer of the machine's root would have each mount of a pod there, too.
+    mount --make-private "$KUBELET"
     mount --make-shared "$KUBELET"
 fi
 exec unshare --mount --propagation unchanged sh -euc '
