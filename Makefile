@@ -61,7 +61,7 @@ test-conformance: setup ## The public CSI suite: the binary in CSI_SANITY, else 
 
 .PHONY: test-clients
 test-clients: setup ## Other gRPC clients (grpc-go, Python's grpcio) on the unix sockets, where Go and pip can have them (as root)
-	CARPORT_TEST_CLIENTS=1 $(CARGO) test --package carport-tests --test unix_clients -- --nocapture
+	CARPORT_TEST_CLIENTS=1 $(CARGO) test --workspace --test unix_clients -- --nocapture
 
 # What is checked on the cluster: `full`, `short`, or names of checks (tests/tests/cluster/main.rs). With CARPORT_TEST_RELEASE set, by
 # the optimised binary.
@@ -69,11 +69,19 @@ CLUSTER ?= full
 
 .PHONY: test-cluster
 test-cluster: setup ## Test carport on a real one-node Kubernetes cluster, built with Go the first time (as root)
-	CLUSTER=$(CLUSTER) $(CARGO) test --package carport-tests --test cluster
+	CLUSTER=$(CLUSTER) $(CARGO) test --workspace --test cluster
 
 .PHONY: test-cluster-short
 test-cluster-short: CLUSTER = short
 test-cluster-short: test-cluster ## The same in a minute: register, inline and claimed volumes, a private image, uninstall
+
+.PHONY: test-parts
+test-parts: setup ## Test with the cluster's containerd, Helm and csi-sanity what `make test` skips without them (as root, with Go)
+	@tests/cluster/build.sh target/cluster/bin; status=$$?; \
+	if [ $$status = 77 ]; then echo "SKIPPED: test-parts needs Go"; exit 0; elif [ $$status != 0 ]; then exit $$status; fi; \
+	PATH="$(CURDIR)/target/cluster/bin:$$PATH" CSI_SANITY="$(CURDIR)/target/cluster/bin/csi-sanity" \
+		python3 tests/summary.py $(CARGO) test --workspace --no-fail-fast --test chart --test runtime --test runtime_links \
+		--test prepull_runtime --test node_conformance -- --show-output
 
 .PHONY: cluster
 cluster: setup ## Start a one-node Kubernetes cluster with carport on it, and leave it running (as root, with Go)
