@@ -5,8 +5,9 @@
 # packages that it only recommends. Elsewhere programs are looked for, and the missing ones are named.
 set -eu
 
-# Minimum of Cargo.toml's rust-version.
-RUST=1.91
+cd "$(dirname "$0")/.."
+RUST=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' Cargo.toml)
+[ -n "$RUST" ] || { echo "setup: Cargo.toml names no rust-version" >&2; exit 1; }
 PACKAGES="build-essential busybox-static ca-certificates curl docker-registry fuse3 openssl procps python3 python3-venv skopeo strace util-linux zstd"
 PROGRAMS="busybox cc curl docker-registry fusermount3 openssl ps python3 skopeo strace unshare zstd"
 

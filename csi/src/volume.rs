@@ -119,7 +119,7 @@ pub struct PublishRequest {
     pub attributes: VolumeAttributes,
     /// The pod's own credentials for the registry.
     pub secret: PullSecret,
-    /// Who has to see the mount.
+    /// The process that must see the mount.
     pub viewer: Viewer,
     /// When to answer at the latest, complete or not.
     pub deadline: Instant,

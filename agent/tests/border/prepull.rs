@@ -53,7 +53,7 @@ fn a_list_may_come_later_and_one_that_is_deleted_stays_in_force() {
     until(&agent, "ready", 1.0);
 
     std::fs::remove_file(volume.join("list.yaml")).unwrap();
-    let told = eventually("the deleted list is told", || reasons().first().cloned());
+    let told = eventually("the deleted list is reported", || reasons().first().cloned());
     assert_eq!(told["code"], "PREPULL_LIST_INVALID");
     assert!(told["message"].as_str().unwrap().contains("write `images: []`"), "{told}");
     assert_eq!(entries(&agent, "ready"), 1.0);
